@@ -1,0 +1,51 @@
+"""What holds for every test: no network, no user's caches, no display; slow tests run last."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from typing import Any
+
+import pytest
+
+_caches = tempfile.mkdtemp(prefix="vla-tests-")
+os.environ |= {
+    "HF_HOME": _caches,  # a test that needs something downloaded earlier must fail
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "WANDB_BASE_URL": "http://127.0.0.1:9",  # should anything go online after all
+    "WANDB_SILENT": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+for _name in ("WANDB_API_KEY", "HF_LEROBOT_HOME", "PYTHONPATH"):
+    os.environ.pop(_name, None)
+if sys.platform == "linux":
+    os.environ.setdefault("MUJOCO_GL", "egl")  # before anything imports mujoco
+
+
+def _local_only(connect: Any) -> Any:
+    def guarded(self: socket.socket, address: Any, /) -> Any:
+        host = address[0] if isinstance(address, tuple) else "localhost"
+        if host not in ("127.0.0.1", "::1", "localhost"):
+            raise RuntimeError(f"got: a connection to {address}. expected: tests without network.")
+        return connect(self, address)
+
+    return guarded
+
+
+setattr(socket.socket, "connect", _local_only(socket.socket.connect))  # noqa: B010
+setattr(socket.socket, "connect_ex", _local_only(socket.socket.connect_ex))  # noqa: B010
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first: a run of everything fails early."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_caches, ignore_errors=True)
