@@ -1,0 +1,301 @@
+"""The configuration of every job: frozen dataclasses, a YAML file, and --a.b=c.
+
+One file in configs/ describes one result from recording to evaluation (`Job`); each script
+reads the same file and uses its part of it. Sizes that the data knows (cameras, state and
+action dimensions) are not configured. This module imports neither torch nor lerobot.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import draccus
+
+from vla import __version__
+
+# Transformer and from-scratch ViT sizes; parameters without the text encoder.
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": dict(d_model=128, n_heads=4, d_ff=384, n_encoder_layers=2, n_decoder_layers=2,
+                 image_width=128, image_depth=2, image_heads=4),
+    "small": dict(d_model=256, n_heads=8, d_ff=1024, n_encoder_layers=4, n_decoder_layers=4,
+                  image_width=192, image_depth=6, image_heads=6),
+    "base": dict(d_model=384, n_heads=6, d_ff=1536, n_encoder_layers=4, n_decoder_layers=4,
+                 image_width=256, image_depth=8, image_heads=8),
+}  # fmt: skip
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work: says what was got, what was expected, what to do."""
+
+    def __init__(self, field_name: str, got: Any, expected: str, remedy: str = "") -> None:
+        remedy = remedy or f"set {field_name} accordingly"
+        super().__init__(f"{field_name}: got {got!r}, expected {expected}. remedy: {remedy}.")
+
+
+def require(condition: bool, field_name: str, got: Any, expected: str, remedy: str = "") -> None:
+    if not condition:
+        raise ConfigError(field_name, got, expected, remedy)
+
+
+def one_of(field_name: str, got: Any, choices: Any) -> None:
+    require(got in choices, field_name, got, "one of " + ", ".join(map(str, choices)))
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """A gymnasium environment: `module:Id-v0` and the keyword arguments of its constructor."""
+
+    id: str = "envs:Tabletop-v0"
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """Demonstrations by the environment's own expert."""
+
+    episodes: int = 200
+    noise: float = 0.2  # standard deviation added to the executed action; labels stay clean
+    noise_episodes: float = 0.5  # share of episodes that carry the noise
+    lead_in: int = 0  # at most so many steps of random motion before the recording of an episode starts
+    instructions_per_scene: int = 1  # episodes that share a scene, each with another of its instructions
+    tail_steps: int = 3  # steps kept after the first success
+    workers: int = 0  # 0: one per core
+    seed: int = 0  # scene of the first episode; evaluation starts elsewhere
+    shard_episodes: int = 100  # what a kill can cost
+    vcodec: str = "h264"  # lossless 4:4:4; libsvtav1 is smaller, slower, and blurs colour
+
+    def __post_init__(self) -> None:
+        require(self.episodes > 0, "record.episodes", self.episodes, "a positive number")
+        require(self.noise >= 0, "record.noise", self.noise, "0 or more")
+        require(
+            0 <= self.noise_episodes <= 1, "record.noise_episodes", self.noise_episodes, "a share in [0, 1]"
+        )
+        require(self.lead_in >= 0, "record.lead_in", self.lead_in, "0 or more")
+        require(
+            self.instructions_per_scene > 0,
+            "record.instructions_per_scene",
+            self.instructions_per_scene,
+            "1 or more",
+        )
+        require(self.shard_episodes > 0, "record.shard_episodes", self.shard_episodes, "a positive number")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which LeRobotDataset to train on, and how its frames are augmented."""
+
+    root: str = ""  # a dataset's folder; empty: <output>/dataset, where record.py writes
+    repo_id: str = ""  # a hub name, downloaded by lerobot when root does not exist
+    cameras: tuple[str, ...] = ()  # empty: all
+    start_share: float = 0.0  # of samples from the first frames of episodes, where the instruction decides
+    brightness: float = 0.1  # augmentation: factor drawn in [1 - b, 1 + b]
+    contrast: float = 0.1
+    shift: int = 2  # augmentation: at most so many pixels; large ones destroy absolute position
+
+    def __post_init__(self) -> None:
+        require(0 <= self.start_share <= 1, "data.start_share", self.start_share, "a share in [0, 1]")
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """Image tokens: `scratch` is a timm ViT at the model size's width and depth."""
+
+    backbone: str = "scratch"  # or any timm name that yields a token grid
+    pixels: int = 128  # side of the square image given to the backbone
+    patch: int = 16  # scratch only
+    stem: str = "conv"  # scratch only: conv | patch
+    conditioning: str = "film"  # of image tokens on the instruction: film | none
+    pretrained: bool = False
+    frozen: bool = False
+    lr_multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        one_of("model.image.stem", self.stem, ("conv", "patch"))
+        one_of("model.image.conditioning", self.conditioning, ("film", "none"))
+        if self.backbone == "scratch":
+            require(
+                self.pixels % self.patch == 0,
+                "model.image.pixels",
+                self.pixels,
+                f"a multiple of patch={self.patch}",
+            )
+            require(
+                self.stem == "patch" or self.patch in (4, 8, 16, 32),
+                "model.image.patch",
+                self.patch,
+                "4, 8, 16 or 32 with stem=conv",
+            )
+            require(
+                not self.pretrained,
+                "model.image.pretrained",
+                True,
+                "False with backbone=scratch",
+                "name a timm backbone",
+            )
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Text tokens: `minilm` is all-MiniLM-L6-v2 from its installed package, else from the hub."""
+
+    encoder: str = "minilm"  # or a local folder, or a hub name
+    frozen: bool = True
+    lr_multiplier: float = 0.1  # when not frozen
+    max_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network of the mission; numbers left at 0 come from SIZES[size]."""
+
+    size: str = "small"
+    chunk_size: int = 16
+    n_obs_steps: int = 1
+    norm: str = "pre"  # pre | post
+    positions: str = "learned"  # of action tokens: sinusoidal | learned
+    activation: str = "gelu"  # gelu | relu | swiglu
+    dropout: float = 0.0
+    head: str = "l1"
+    max_prefix: int = 8  # longest committed prefix drawn in training
+    prefix_probability: float = 0.25  # share of training samples that carry one
+    d_model: int = 0
+    n_heads: int = 0
+    d_ff: int = 0
+    n_encoder_layers: int = 0
+    n_decoder_layers: int = 0
+    image_width: int = 0
+    image_depth: int = 0
+    image_heads: int = 0
+    image: ImageConfig = field(default_factory=ImageConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+
+    def __post_init__(self) -> None:
+        one_of("model.size", self.size, SIZES)
+        for name, value in SIZES[self.size].items():
+            if getattr(self, name) == 0:
+                object.__setattr__(self, name, value)
+        one_of("model.norm", self.norm, ("pre", "post"))
+        one_of("model.positions", self.positions, ("sinusoidal", "learned"))
+        one_of("model.activation", self.activation, ("gelu", "relu", "swiglu"))
+        require(self.chunk_size > 0, "model.chunk_size", self.chunk_size, "a positive number")
+        require(self.n_obs_steps > 0, "model.n_obs_steps", self.n_obs_steps, "a positive number")
+        require(
+            0 <= self.max_prefix < self.chunk_size,
+            "model.max_prefix",
+            self.max_prefix,
+            f"0 ≤ max_prefix < chunk_size={self.chunk_size}",
+        )
+        require(
+            0 <= self.prefix_probability <= 1,
+            "model.prefix_probability",
+            self.prefix_probability,
+            "a share in [0, 1]",
+        )
+        for width, heads in (("d_model", "n_heads"), ("image_width", "image_heads")):
+            d, n = getattr(self, width), getattr(self, heads)
+            require(n > 0 and d % n == 0, f"model.{heads}", n, f"a divisor of {width}={d}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Behaviour cloning: AdamW, warm-up and cosine, clipping, EMA."""
+
+    steps: int = 20_000
+    batch_size: int = 64
+    lr: float = 3e-4
+    warmup_steps: int = 200
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float = 1.0
+    ema_decay: float = 0.999  # 0: no average
+    precision: str = "auto"  # auto: bf16 where the device multiplies it in hardware | fp32 | bf16
+    compile: bool = False
+    device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
+    threads: int = 0  # CPU threads of torch; 0: its own choice
+    log_every: int = 50
+    save_every: int = 1000
+    keep: int = 2  # checkpoints kept, the newest
+    evaluate_every: int = 0  # 0: not during training
+    evaluate_episodes: int = 20
+    wandb: str = "auto"  # auto: online with a key, else offline | online | offline | disabled
+    wandb_project: str = "vla"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
+            require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "a positive number")
+        one_of("train.precision", self.precision, ("auto", "fp32", "bf16"))
+        one_of("train.wandb", self.wandb, ("auto", "online", "offline", "disabled"))
+        require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "a decay in [0, 1)")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Closed-loop evaluation on seeds that no demonstration used."""
+
+    episodes: int = 100  # per split
+    splits: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> extra env kwargs
+    controls: bool = True  # counterfactual pairs, shuffled and blank instructions (first split)
+    n_action_steps: int = 8  # executed of each chunk before replanning
+    ensemble: float = 0.0  # > 0: temporal ensembling, weights exp(-ensemble * i), i = 0 the oldest
+    seed: int = 1_000_000
+    workers: int = 0  # 0: one per core
+    slots: int = 32  # environments stepped side by side; part of the result, unlike workers
+    videos: int = 8  # episodes filmed per split
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "n_action_steps", "slots"):
+            require(getattr(self, name) > 0, f"evaluate.{name}", getattr(self, name), "a positive number")
+        require(self.ensemble >= 0, "evaluate.ensemble", self.ensemble, "0 or more")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One result, from recording to evaluation; every script reads the part it needs."""
+
+    output: str = "outputs/run"
+    seed: int = 0
+    env: EnvConfig = field(default_factory=EnvConfig)
+    record: RecordConfig = field(default_factory=RecordConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.evaluate.n_action_steps <= self.model.chunk_size, "evaluate.n_action_steps",
+            self.evaluate.n_action_steps, f"at most model.chunk_size={self.model.chunk_size}",
+        )  # fmt: skip
+
+    @property
+    def dataset_root(self) -> Path:
+        return Path(self.data.root) if self.data.root else Path(self.output) / "dataset"
+
+
+def load[T](cls: type[T], argv: list[str] | None = None, path: str | Path | None = None) -> T:
+    """Read a configuration from a YAML file and the command line, which wins.
+
+    argv: arguments without the program's name, `--a.b=c` each; a first argument that does not
+    begin with a dash is the YAML file. Ends the program with one line when either is wrong.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and not argv[0].startswith("-"):
+        path = argv.pop(0)
+    if path is not None and not Path(path).is_file():
+        raise SystemExit(f"config: got {str(path)!r}, expected a YAML file. remedy: see configs/.")
+    try:
+        return draccus.parse(cls, config_path=path, args=argv)
+    except (draccus.utils.DecodingError, draccus.utils.ParsingError) as error:
+        cause: BaseException = error
+        while not isinstance(cause, ConfigError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise SystemExit(f"config: {cause if isinstance(cause, ConfigError) else error}") from None
+
+
+def dump(config: Any) -> str:
+    """The configuration as YAML, as `load` reads it."""
+    return f"# vla {__version__}\n{draccus.dump(config)}"

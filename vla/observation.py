@@ -1,0 +1,118 @@
+"""The words every part shares, from the dataset on disk to the robot.
+
+Keys are LeRobot's, verbatim. Shapes, everywhere in this project:
+
+    B batch            T n_obs_steps (history)      C cameras
+    H chunk_size       A action_dim                 P state_dim
+    L text tokens      D d_model                    S memory length
+
+This module imports neither torch nor anything of vla, so that environments and robot
+controllers can use it on their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IMAGES = "observation.images."
+STATE = "observation.state"
+ACTION = "action"
+ACTION_IS_PAD = "action_is_pad"
+TASK = "task"
+IS_SUCCESS = "is_success"
+
+
+def camera_keys(keys: Any) -> list[str]:
+    """The keys that hold images, in alphabetical order (the order the model sees cameras in)."""
+    return sorted(key for key in keys if key.startswith(IMAGES))
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a dataset or an environment delivers; the model takes its sizes from here.
+
+    cameras: name without prefix -> (height, width) in pixels; fps: observations a second.
+    """
+
+    cameras: dict[str, tuple[int, int]]
+    state_dim: int
+    action_dim: int
+    fps: int
+
+    @classmethod
+    def of_spaces(cls, observation_space: Any, action_space: Any, fps: int) -> Features:
+        """Read the sizes from a gymnasium environment's spaces.
+
+        Raises ValueError when the observation is not a Dict with LeRobot's keys.
+        """
+        spaces: Mapping[str, Any] = getattr(observation_space, "spaces", {})
+        keys = camera_keys(spaces)
+        if not keys or STATE not in spaces or len(getattr(action_space, "shape", ())) != 1:
+            raise ValueError(
+                f"The environment's spaces do not fit. got: observation keys {sorted(spaces)}, "
+                f"action {action_space}. expected: at least one '{IMAGES}<camera>' and '{STATE}', "
+                "and a one-dimensional Box for actions. remedy: rename the observation's keys."
+            )
+        cameras = {key.removeprefix(IMAGES): tuple(spaces[key].shape[:2]) for key in keys}
+        return cls(cameras, spaces[STATE].shape[0], action_space.shape[0], fps)
+
+    def require(self, other: Features, what: str) -> None:
+        """Raise ValueError unless `other` can stand in for these features (fps may differ)."""
+        for name in ("cameras", "state_dim", "action_dim"):
+            expected, got = getattr(self, name), getattr(other, name)
+            if name == "cameras":  # resolutions may differ, the model resizes; names may not
+                expected, got = sorted(expected), sorted(got)
+            if expected != got:
+                raise ValueError(
+                    f"{what} does not fit: {name}. got: {got}. expected: {expected}. "
+                    "remedy: use the data, environment and checkpoint that belong together."
+                )
+
+
+@dataclass
+class Tokens:
+    """A sequence and its padding, which never travel apart.
+
+    x: (B, S, D) float; pad: (B, S) bool, True where a token is to be ignored.
+    """
+
+    x: Tensor
+    pad: Tensor
+
+    def __getitem__(self, index: Any) -> Tokens:
+        """Select along the batch axis."""
+        return Tokens(self.x[index], self.pad[index])
+
+
+@dataclass
+class Observation:
+    """What the model sees; nothing else reaches it.
+
+    images: camera -> (B, T, 3, h, w) uint8; state: (B, T, P) float32 in robot units;
+    text: the instruction's features from the text encoder, (B, L, text width), with padding.
+    """
+
+    images: dict[str, Tensor]
+    state: Tensor
+    text: Tokens
+
+
+@dataclass
+class Batch:
+    """One training batch, on the training device.
+
+    images: camera -> (B, T, 3, h, w) uint8; state: (B, T, P); task: (B,) int64, an index into
+    the dataset's list of instructions; action: (B, H, A) in robot units;
+    action_is_pad: (B, H) bool, True behind the episode's end.
+    """
+
+    images: dict[str, Tensor]
+    state: Tensor
+    task: Tensor
+    action: Tensor
+    action_is_pad: Tensor
