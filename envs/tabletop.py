@@ -1,0 +1,264 @@
+"""A tabletop that is told what to do: the same scene serves many instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+
+from envs import arm, randomize, splits, tasks
+from envs.experts import EXPERTS, STEP, TURN, feasible
+from envs.randomize import SWITCHES
+from envs.render import Cameras
+from envs.scene import SUBSTEPS, build
+from envs.tasks import SKILLS, Goal
+from envs.world import Scene, World
+from vla.observation import IMAGES, IS_SUCCESS, STATE, TASK
+
+CAMERAS = ("front", "wrist")
+LOWEST, HIGHEST = np.array([-0.26, -0.27, 0.010]), np.array([0.26, 0.27, 0.28])  # of the commanded point
+YAW_LIMIT = 1.75
+LEASH = 0.015  # a step starts this near to the hand at most, so that contact does not wind up the command
+STATE_DIM = 11
+
+
+def _choice(name: str, got: Any, allowed: Sequence[str]) -> tuple[str, ...]:
+    got = (got,) if isinstance(got, str) else tuple(got)
+    if not got or any(g not in allowed for g in got):
+        raise ValueError(
+            f"{name}: got {list(got)}, expected some of {', '.join(allowed)}. remedy: correct {name}."
+        )
+    return got
+
+
+class Tabletop(gym.Env[dict[str, Any], np.ndarray]):
+    """Language-conditioned manipulation with a 7-DoF arm; see splits.py for what a split holds out.
+
+    action (5,): dx, dy, dz (of the commanded fingertip position, full scale 3 cm), dyaw (0.25 rad),
+    gripper (-1 closed, 1 open), at 10 Hz.
+    observation.state (11,): fingertip position (3) in metres, sin and cos of the hand's yaw,
+    finger opening in metres, commanded minus actual position (3), commanded minus actual yaw,
+    commanded gripper.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(
+        self,
+        skills: Sequence[str] = tuple(SKILLS),
+        split: str = "train",
+        cameras: Sequence[str] = CAMERAS,
+        pixels: int = 128,
+        references: Sequence[str] = tasks.REFERENCES,
+        randomize: dict[str, bool] | None = None,
+        row: float | None = None,
+        commanded: bool = True,
+        max_steps: int | None = None,
+        preset: str = "fast",
+        render_pixels: int = 256,
+        render_mode: str | None = "rgb_array",
+    ) -> None:
+        """skills: drawn uniformly; references: how instructions name things; randomize: switch -> on
+        (all on by default); row: see randomize.draw_scene; commanded: whether the state tells
+        commanded minus actual pose, without which it is not quite Markov, and with which a policy can
+        copy its last action; max_steps: None takes the skill's own; preset: of render.py;
+        render_pixels: side of render()'s picture.
+        Raises ValueError for a wrong choice.
+        """
+        self.skills = _choice("skills", skills, tuple(SKILLS))
+        self.split = _choice("split", split, splits.SPLITS)[0]
+        self.cameras = _choice("cameras", cameras, CAMERAS)
+        self.references = _choice("references", references, tasks.REFERENCES)
+        self.switches = dict.fromkeys(SWITCHES, True) | {k: bool(v) for k, v in (randomize or {}).items()}
+        if randomize:
+            _choice("randomize", tuple(randomize), SWITCHES)
+        able = splits.SKILLS_OF_SPLIT.get(self.split, tuple(SKILLS))
+        self.drawn = tuple(s for s in self.skills if s in able)
+        if not self.drawn:
+            raise ValueError(
+                f"split: got {self.split!r} with skills {list(self.skills)}, expected one of the skills "
+                f"{list(able)} that this split is about. remedy: add one of them or choose another split."
+            )
+        self.max_steps, self.row, self.commanded = max_steps, row, commanded
+        self.pixels, self.render_pixels, self.render_mode = int(pixels), int(render_pixels), render_mode
+        self.images_enabled = True
+        self.model = build()
+        self.data = mujoco.MjData(self.model)
+        self.world = World(self.model, self.data)
+        self.view = Cameras(self.model, preset)
+        self._arm = np.array([self.model.actuator(name).id for name in arm.JOINTS])
+        self._fingers = np.array([self.model.actuator(name).id for name in arm.FINGERS])
+        image = gym.spaces.Box(0, 255, (self.pixels, self.pixels, 3), np.uint8)
+        spaces: dict[str, gym.Space[Any]] = {IMAGES + name: image for name in self.cameras}
+        spaces[STATE] = gym.spaces.Box(
+            -np.inf, np.inf, (STATE_DIM if commanded else STATE_DIM - 4,), np.float32
+        )
+        self.observation_space = gym.spaces.Dict(spaces)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (5,), np.float32)
+        self._images = {IMAGES + n: np.zeros((self.pixels, self.pixels, 3), np.uint8) for n in self.cameras}
+        self._goals: list[Goal] = []
+        self._meanings: dict[str, Goal] = {}  # of the current scene; filled when a sentence is to be read
+
+    # -- episode ---------------------------------------------------------------------------
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
+        """A new scene and its instruction; the seed alone decides both.
+
+        options["task"]: a sentence to follow instead, in the same scene. Raises ValueError when
+        the sentence means nothing there.
+        """
+        super().reset(seed=seed)
+        rngs = randomize.generators(self.np_random, self.switches)
+        self._draw(rngs)
+        if options and options.get("task") is not None:
+            self._goals, self._tasks = [self._parse(str(options["task"]))], [str(options["task"])]
+        randomize.apply(self.model, self.data, self.world.scene, randomize.draw_look(rngs, self.switches))
+        self.world.moved()
+        self._commanded, self._yaw, self._grip = self.world.scene.hand.copy(), self.world.scene.hand_yaw, 1.0
+        self._done, self._steps = 0, 0
+        self._limit = self.max_steps or sum(SKILLS[g.skill].steps for g in self._goals)
+        self._before = self._true_goals()
+        return self._observe(), self._info(False)
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        """One control step of 0.1 s. Raises ValueError for an action that is not five finite numbers."""
+        action = np.asarray(action, np.float64)
+        if action.shape != (5,) or not np.isfinite(action).all():
+            raise ValueError(
+                f"action: got {action!r}, expected 5 finite numbers in [-1, 1]. remedy: check the policy's output."
+            )
+        self._move(np.clip(action, -1.0, 1.0))
+        self._steps += 1
+        now = self._true_goals()
+        goal = self._goals[self._done]
+        success, failure = goal in now, bool(now - self._before - {goal})
+        self._before &= now
+        if success and self._done + 1 < len(self._goals):
+            self._done, success, failure = self._done + 1, False, False
+            self._before = self._true_goals()
+        terminated = success or failure
+        truncated = not terminated and self._steps >= self._limit
+        return self._observe(), float(success), terminated, truncated, self._info(success)
+
+    def render(self) -> np.ndarray:
+        """(render_pixels, render_pixels, 3) uint8 of the whole arm, for videos; no policy sees it."""
+        return self.view.picture(self.data, "view", self.render_pixels)
+
+    def close(self) -> None:
+        self.view.close()
+
+    def expert_action(self, task: str | None = None) -> np.ndarray:
+        """(5,) float32: the expert's clean action in this state, for the current instruction or another."""
+        goal = self._goals[self._done] if task is None else self._parse(task)
+        return EXPERTS[goal.skill](self.world, goal, self._commanded, self._yaw)
+
+    @property
+    def goal(self) -> Goal:
+        """What the current instruction means; indices into `scene.items`."""
+        return self._goals[self._done]
+
+    # -- inside ----------------------------------------------------------------------------
+
+    def _draw(self, rngs: dict[str, np.random.Generator]) -> None:
+        """Scene, goals and sentences: draw until the scene allows the skill that was drawn."""
+        self._meanings.clear()
+        rng = rngs["goal"]
+        skill = self.drawn[rng.integers(len(self.drawn))]
+        for _ in range(2000):
+            layout = rngs["layout"] if self.switches["layout"] else np.random.default_rng(0)
+            scene = randomize.draw_scene(SKILLS[skill].scene, rngs["content"], layout, skill, self.row)
+            if scene is None:
+                continue
+            self.world.place(scene)
+            askable = self._askable(scene, skill)
+            goals = [g for g in askable if splits.belongs(self.split, tasks.split_kind(scene, g))]
+            if not goals or len({g.target for g in askable}) < 2:
+                continue
+            self._goals = [goals[rng.integers(len(goals))]]
+            if self.split != "L4":
+                break
+            first = self._goals[0]
+            used, after = {first.target, first.place} - {None}, tasks.done(scene, first)
+            later = [g for s in self.skills for g in self._askable(after, s)]
+            later = [g for g in later if not {g.target, g.place} & used]
+            if later:
+                self._goals.append(later[rng.integers(len(later))])
+                break
+        else:
+            raise RuntimeError(f"no scene for skill {skill!r} in split {self.split!r} with {self.switches}")
+        unseen = self.split == "L2"
+        self._tasks = []
+        for goal in self._goals:
+            self._tasks.append(tasks.phrase(scene, goal, rng, self.references, unseen))
+            scene = tasks.done(scene, goal)  # relations in a second sentence are those of its time
+        self._alternatives = self._other_instructions(rng)
+
+    def _askable(self, scene: Scene, skill: str) -> list[Goal]:
+        """Feasible goals without those of other splits: the instruction and its alternatives."""
+        goals = [g for g in tasks.all_goals(scene, skill) if feasible(scene, g)]
+        return [g for g in goals if tasks.split_kind(scene, g) in ("train", self.split)]
+
+    def feasible_goals(self, skill: str) -> list[Goal]:
+        """Privileged: the goals of a skill that the expert can reach in this scene."""
+        return [g for g in tasks.all_goals(self.world.scene, skill) if feasible(self.world.scene, g)]
+
+    def _other_instructions(self, rng: np.random.Generator) -> list[str]:
+        """One wording of each other goal here; same skill and another target first."""
+        scene, first = self.world.scene, self._goals[0]
+        goals = [g for s in self.skills for g in self._askable(scene, s) if g not in self._goals]
+        order = rng.permutation(len(goals))
+        goals = sorted(
+            (goals[i] for i in order), key=lambda g: (g.skill != first.skill, g.target == first.target)
+        )
+        return [tasks.phrase(scene, g, rng, self.references, self.split == "L2") for g in goals]
+
+    def _parse(self, sentence: str) -> Goal:
+        """The goal that a sentence means in this scene, whatever the split."""
+        if not self._meanings:
+            scene = self.world.scene
+            for goal in (g for skill in SKILLS for g in self.feasible_goals(skill)):
+                self._meanings |= dict.fromkeys(tasks.sentences(scene, goal), goal)
+        wanted = " ".join(sentence.lower().rstrip(" .!").split())
+        if wanted in self._meanings:
+            return self._meanings[wanted]
+        known = "; ".join([*self._tasks, *self._alternatives][:4])
+        raise ValueError(
+            f"options['task']: got {sentence!r}, expected a sentence that fits this scene. remedy: for example {known}."
+        )
+
+    def _true_goals(self) -> set[Goal]:
+        """Which goals of the current skill hold now."""
+        skill = self._goals[self._done].skill
+        return {g for g in tasks.all_goals(self.world.scene, skill) if SKILLS[skill].done(self.world, g)}
+
+    def _move(self, action: np.ndarray) -> None:
+        start = arm.inverse(self._commanded, self._yaw)
+        hand = self.world.hand
+        held = np.clip(self._commanded, hand - LEASH, hand + LEASH)
+        self._commanded = np.clip(held + STEP * action[:3], LOWEST, HIGHEST)
+        self._yaw = float(np.clip(self._yaw + TURN * action[3], -YAW_LIMIT, YAW_LIMIT))
+        self._grip = float(action[4])
+        end = arm.inverse(self._commanded, self._yaw)
+        self.data.ctrl[self._fingers] = arm.OPENING * (1 + self._grip) / 2
+        for part in range(2, SUBSTEPS + 2, 2):
+            self.data.ctrl[self._arm] = start + (end - start) * (part / SUBSTEPS)
+            mujoco.mj_step(self.model, self.data, 2)
+        mujoco.mj_forward(self.model, self.data)  # poses and contacts of the state that is shown
+        self.world.moved()
+
+    def _observe(self) -> dict[str, np.ndarray]:
+        if self.images_enabled:
+            self._images = {IMAGES + n: self.view.picture(self.data, n, self.pixels) for n in self.cameras}
+        world, yaw = self.world, self.world.hand_yaw
+        lag = [*(self._commanded - world.hand), self._yaw - yaw] if self.commanded else []
+        state = np.array([*world.hand, np.sin(yaw), np.cos(yaw), world.opening, *lag, self._grip], np.float32)
+        return {name: image.copy() for name, image in self._images.items()} | {STATE: state}
+
+    def _info(self, success: bool) -> dict[str, Any]:
+        return {
+            TASK: self._tasks[self._done], IS_SUCCESS: success, "skill": self._goals[self._done].skill,
+            "alternatives": list(self._alternatives),
+        }  # fmt: skip
