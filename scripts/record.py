@@ -1,0 +1,32 @@
+"""Records demonstrations by the environment's own expert into a LeRobotDataset v3.0.
+
+    python scripts/record.py configs/quickstart.yaml [--record.episodes=10]
+
+A killed run continues with the same command; a finished one says so and changes nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from vla.config import Job, load, require
+from vla.data.record import record_demonstrations
+
+
+def main(job: Job) -> None:
+    require(
+        job.record.seed + job.record.episodes <= job.evaluate.seed, "record.seed", job.record.seed,
+        f"seed + episodes ≤ evaluate.seed = {job.evaluate.seed}",
+        "demonstrations must not use the scenes of the evaluation; lower record.seed or raise evaluate.seed",
+    )  # fmt: skip
+    recording = record_demonstrations(job.dataset_root, job.env, job.record)
+    print(f"dataset {job.dataset_root}: {recording}")
+
+
+if __name__ == "__main__":
+    try:
+        main(load(Job))
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"record: {error}")
+    except KeyboardInterrupt:
+        sys.exit("record: interrupted; the same command continues")

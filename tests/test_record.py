@@ -1,0 +1,299 @@
+"""Recording demonstrations: what is kept, which seeds, and that a kill costs nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from toy_env import ToyEnv
+
+from vla.config import ConfigError, EnvConfig, RecordConfig
+from vla.data.demonstrate import (
+    ATTEMPTS,
+    attempt_seed,
+    carries_noise,
+    demonstrate,
+    make_environment,
+    record_episode,
+    shard_episodes,
+)
+from vla.data.frames import FrameStore
+from vla.data.record import SUMMARY, Recording, alone, content, record_demonstrations
+from vla.observation import ACTION, STATE, TASK
+
+TESTS = Path(__file__).parent
+SCRIPT = TESTS.parent / "scripts" / "record.py"
+TOY = EnvConfig("toy_env:Toy-v0")
+
+
+class StayAfterSuccess(ToyEnv):
+    """Success does not end the episode."""
+
+    def step(self, action: np.ndarray) -> Any:
+        observation, reward, _, truncated, info = super().step(action)
+        return observation, reward, False, truncated, info
+
+
+class DieAtBirth(ToyEnv):
+    """Takes its process with it, as a crash in a native library does."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        print("the driver says something", file=sys.stderr, flush=True)
+        os._exit(7)
+
+
+class NoExpert(ToyEnv):
+    expert_action = None  # type: ignore[assignment]
+
+
+for _class in (DieAtBirth, NoExpert):
+    if f"{_class.__name__}-v0" not in gym.registry:
+        gym.register(f"{_class.__name__}-v0", entry_point=_class, max_episode_steps=30)
+
+
+# Seeds and noise
+
+
+def test_no_two_attempts_share_a_seed_and_none_is_an_evaluations() -> None:
+    record = RecordConfig(episodes=500, seed=3)
+    seeds = [attempt_seed(record, i, a) for i in range(500) for a in range(ATTEMPTS)]
+    assert len(set(seeds)) == len(seeds)
+    assert max(seeds) < 2**31
+    assert [attempt_seed(record, i, 0) for i in range(500)] == list(range(3, 503))
+    assert not any(1000 <= seed < 10**9 for seed in seeds)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.25, 25), (0.5, 50), (1.0, 100)])
+def test_noise_is_spread_evenly(share: float, expected: int) -> None:
+    record = RecordConfig(noise=0.2, noise_episodes=share)
+    noisy = [carries_noise(record, i) for i in range(100)]
+    assert sum(noisy) == expected
+    assert sum(noisy[:50]) == expected // 2
+    assert not any(carries_noise(RecordConfig(noise=0.0, noise_episodes=1.0), i) for i in range(10))
+
+
+def test_shards_hold_every_episode_once() -> None:
+    record = RecordConfig(episodes=25, shard_episodes=10)
+    assert [i for shard in range(3) for i in shard_episodes(record, shard)] == list(range(25))
+
+
+# One demonstration
+
+
+def test_a_demonstration_ends_with_success_and_repeats() -> None:
+    env, features = make_environment(TOY)
+    frames, steps = demonstrate(env, seed=5, noise=0.0, tail_steps=3)
+    assert frames is not None
+    assert len(frames) == steps > 2
+    observation, info = env.reset(seed=5)
+    for frame in frames:
+        np.testing.assert_array_equal(
+            frame["observation.images.front"], observation["observation.images.front"]
+        )
+        np.testing.assert_array_equal(frame[STATE], observation[STATE])
+        assert frame[TASK] == info["task"]
+        observation, _, terminated, _, info = env.step(frame[ACTION])
+    assert terminated
+    assert info["is_success"]
+    assert features.fps == 10
+
+
+def test_noise_goes_into_the_step_and_not_into_the_label() -> None:
+    env, _ = make_environment(TOY)
+    clean, _ = demonstrate(env, seed=5, noise=0.0, tail_steps=0)
+    noisy, _ = demonstrate(env, seed=5, noise=0.5, tail_steps=0)
+    again, _ = demonstrate(env, seed=5, noise=0.5, tail_steps=0)
+    assert clean is not None
+    assert noisy is not None
+    assert again is not None
+    assert not np.array_equal(noisy[1][STATE], clean[1][STATE])
+    np.testing.assert_array_equal([f[STATE] for f in noisy], [f[STATE] for f in again])
+    env.reset(seed=5)
+    for frame in noisy:  # put the env where the noise led: the label is what the expert says there
+        env.unwrapped.position = frame[STATE].astype(np.float64)
+        np.testing.assert_allclose(frame[ACTION], env.unwrapped.expert_action(), atol=1e-5)
+
+
+@pytest.mark.parametrize("tail_steps", [0, 1, 3])
+def test_tail_steps_follow_the_first_success(tail_steps: int) -> None:
+    env = gym.wrappers.TimeLimit(StayAfterSuccess(), 30)
+    frames, _ = demonstrate(env, seed=5, noise=0.0, tail_steps=tail_steps)
+    plain, _ = demonstrate(make_environment(TOY)[0], seed=5, noise=0.0, tail_steps=0)
+    assert frames is not None
+    assert plain is not None
+    assert len(frames) == len(plain) + tail_steps
+
+
+def test_a_failed_attempt_is_repeated_with_the_next_seed() -> None:
+    class Unlucky(ToyEnv):
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            seen.append(seed)
+            self.steps = 0
+            return super().reset(seed=seed, options=options)
+
+        def step(self, action: np.ndarray) -> Any:
+            self.steps += 1
+            observation, reward, _, truncated, info = super().step(action)
+            success = len(seen) == 2 or (len(seen) == 3 and self.steps == 2)
+            return observation, reward, success or self.steps == 2, truncated, info | {"is_success": success}
+
+    seen: list[int | None] = []
+    frames, recorded = record_episode(Unlucky(), TOY, RecordConfig(noise=0.0), 4)
+    # The first fails after two steps, the second succeeds within one frame, which is too short.
+    assert seen == [attempt_seed(RecordConfig(), 4, attempt) for attempt in range(3)]
+    assert (recorded.attempts, recorded.seed, recorded.steps) == (3, seen[-1], 2 + 1 + 2)
+    assert len(frames) == recorded.frames == 2
+
+
+def test_an_expert_that_never_succeeds_is_given_up() -> None:
+    class Lost(ToyEnv):
+        def step(self, action: np.ndarray) -> Any:
+            result = super().step(action)
+            return (*result[:2], True, False, result[4] | {"is_success": False})
+
+    with pytest.raises(RuntimeError, match=rf"{ATTEMPTS} failed attempts at episode 4.*remedy"):
+        record_episode(Lost(), TOY, RecordConfig(), 4)
+
+
+def test_environments_that_cannot_demonstrate() -> None:
+    with pytest.raises(ValueError, match=r"expert_action.*remedy"):
+        make_environment(EnvConfig("test_record:NoExpert-v0"))
+
+
+# What is refused before any work
+
+
+def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    root = tmp_path / "dataset"
+    (root / "meta").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"taken.*remedy"):
+        record_demonstrations(root, TOY, RecordConfig())
+    record = RecordConfig(episodes=7)
+    done = Recording(content(TOY, record), 70, 7, 1.0, 70, 1.0, 1.0, 70.0, [])
+    (root / SUMMARY).write_text(json.dumps(vars(done)))
+    parts = tmp_path / "dataset.parts"  # a kill right after the last rename leaves them
+    parts.mkdir()
+    assert record_demonstrations(root, TOY, RecordConfig(episodes=7, workers=3, shard_episodes=2)) == done
+    assert not parts.exists()
+    with pytest.raises(ValueError, match=r"episodes=7.*episodes=8.*remedy"):
+        record_demonstrations(root, TOY, RecordConfig(episodes=8))
+    with pytest.raises(ValueError, match=r"kwargs=\{\}.*'pixels': 16.*remedy"):
+        record_demonstrations(root, EnvConfig(TOY.id, {"pixels": 16}), record)
+
+
+def test_parts_of_another_configuration_and_of_another_recorder(tmp_path: Path) -> None:
+    parts = tmp_path / "dataset.parts"
+    parts.mkdir()
+    with alone(parts), pytest.raises(RuntimeError, match=r"being recorded.*remedy"):
+        record_demonstrations(tmp_path / "dataset", TOY, RecordConfig())
+    wanted = content(TOY, RecordConfig(noise=0.3)) | {"shard_episodes": 100}
+    (parts / "config.json").write_text(json.dumps(wanted))
+    with pytest.raises(ValueError, match=r"noise=0\.3.*noise=0\.2.*remedy"):
+        record_demonstrations(tmp_path / "dataset", TOY, RecordConfig())
+
+
+def test_seeds_out_of_range(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"record\.seed"):
+        record_demonstrations(tmp_path / "dataset", TOY, RecordConfig(seed=2**30))
+
+
+def test_a_dying_worker_is_named_with_what_it_wrote(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        record_demonstrations(
+            tmp_path / "dataset", EnvConfig("test_record:DieAtBirth-v0"), RecordConfig(workers=1)
+        )
+    for words in ("shard 0", "exit code 7", "the driver says something", "same command again"):
+        assert words in str(caught.value)
+    assert not (tmp_path / "dataset").exists()
+
+
+# The whole job
+
+
+def run_script(output: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(SCRIPT), f"--output={output}", f"--env.id={TOY.id}", *options]
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    return subprocess.Popen(
+        command, cwd=output.parent, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of lerobot and its dependencies
+def test_a_killed_recording_continues_without_losing_or_doubling(tmp_path: Path) -> None:
+    options = ["--record.episodes=40", "--record.shard_episodes=4", "--record.noise=0.3"]
+    output, parts = tmp_path / "run", tmp_path / "run" / "dataset.parts"
+    first = run_script(output, *options, "--record.workers=2")
+    deadline = time.monotonic() + 400  # a busy machine imports lerobot slowly
+    try:
+        while len(list(parts.glob("shard_*[0-9]"))) < 2:
+            assert first.poll() is None, first.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        first.kill()
+        first.communicate()
+    assert first.returncode == -signal.SIGKILL
+    finished = {path.name: (path / "shard.json").read_bytes() for path in parts.glob("shard_*[0-9]")}
+    assert 2 <= len(finished) < 10
+    assert not (output / "dataset").exists()
+
+    second = run_script(output, *options, "--record.workers=1")
+    stdout, stderr = second.communicate(timeout=400)
+    assert second.returncode == 0, stderr
+    assert "40 episodes" in stdout
+    assert "Svt" not in stderr
+    assert sorted(path.name for path in output.iterdir()) == ["dataset"]
+
+    recording = Recording.load(output / "dataset")
+    kept = [json.loads(text) for text in finished.values()]
+    assert all(episode in recording.episodes for shard in kept for episode in shard["episodes"])  # not redone
+    assert [episode["index"] for episode in recording.episodes] == list(range(40))
+    assert sum(episode["noise"] for episode in recording.episodes) == 20
+
+    from lerobot.datasets import LeRobotDataset
+
+    dataset = LeRobotDataset("local/test", root=output / "dataset", video_backend="pyav")
+    assert (dataset.num_episodes, dataset.num_frames) == (40, recording.frames)
+    assert dataset[recording.frames - 1]["observation.images.front"].shape == (3, 32, 32)
+
+    store = FrameStore.open_or_build(output / "dataset")
+    starts = np.unique(store.first)
+    env, _ = make_environment(TOY)
+    for start, episode in zip(
+        starts, recording.episodes, strict=True
+    ):  # every episode is the one of its seed
+        frames, _ = demonstrate(env, episode["seed"], 0.3 if episode["noise"] else 0.0, 3)
+        assert frames is not None
+        span = slice(start, start + len(frames))
+        np.testing.assert_array_equal(store.state[span], [frame[STATE] for frame in frames])
+        np.testing.assert_array_equal(store.action[span], [frame[ACTION] for frame in frames])
+        assert {store.tasks[i] for i in store.task[span]} == {frames[0][TASK]}
+        truth = np.stack([frame["observation.images.front"] for frame in frames]).astype(float)
+        assert np.abs(store.images["front"][span] - truth).max() <= 3  # of 255: what colour conversion costs
+
+    third = run_script(output, *options)
+    stdout, stderr = third.communicate(timeout=120)
+    assert third.returncode == 0, stderr
+    fourth = run_script(output, *options, "--record.episodes=41")
+    _, stderr = fourth.communicate(timeout=120)
+    assert fourth.returncode != 0
+    assert "remedy" in stderr
+
+
+@pytest.mark.slow
+def test_demonstrations_must_not_use_evaluation_scenes(tmp_path: Path) -> None:
+    process = run_script(tmp_path / "run", "--record.seed=999990")
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "evaluate.seed" in stderr
+    assert "remedy" in stderr

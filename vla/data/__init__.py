@@ -1,0 +1,1 @@
+"""A LeRobotDataset in, training batches out: frame store, samples, normalisation, augmentation."""

@@ -1,0 +1,271 @@
+"""What one recording process does: the expert plays episodes, lerobot writes them as one shard.
+
+Seeds. Episode i first tries the scene `record.seed + i // instructions_per_scene`, told the
+scene's own instruction or, by i modulo that number, one of its alternatives. Attempt a > 0 takes
+RETRIES + (record.seed + i) * ATTEMPTS + a, unique to (i, a) and far above the seeds of
+evaluation. So the dataset does not depend on the number of workers nor on interruptions.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla.config import EnvConfig, RecordConfig
+from vla.observation import ACTION, IMAGES, IS_SUCCESS, STATE, TASK, Features, camera_keys
+
+ATTEMPTS = 20  # per episode; an expert that fails more often is broken
+RETRIES = 2**30
+# Full chroma and no quantisation: the policy must see in training what it sees in evaluation. Measured
+# on rendered scenes at 64 px (128 px): largest error 2 of 255 and 53 dB at 0.2 (0.3) ms and 2.0 (3.8) kB a
+# frame. LeRobot's default, AV1 at 4:2:0, errs by up to 148 where colours meet (31 dB), at 1.5 (2.2) ms and
+# 0.6 (1.1) kB. Codecs not named here keep lerobot's settings.
+ENCODERS: dict[str, dict[str, Any]] = {"h264": {"pix_fmt": "yuv444p", "crf": 0, "preset": "ultrafast"}}
+VIDEO_FILE_MB = 4  # lerobot rewrites the last file for every episode it appends
+LEAD_IN_HELD = 3  # steps that a random action of the lead-in is held
+SHORTEST = 2  # frames; lerobot 0.6.1 computes no statistics of a video of one frame, and fails later
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One kept episode: the seed of its scene, and the price of getting it."""
+
+    index: int
+    seed: int
+    attempts: int
+    noise: bool
+    frames: int
+    steps: int  # environment steps, failed attempts included
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A worker's last message: what went wrong, for the user."""
+
+    text: str
+
+
+def attempt_seed(record: RecordConfig, index: int, attempt: int) -> int:
+    if attempt == 0:
+        return record.seed + index // record.instructions_per_scene
+    return RETRIES + (record.seed + index) * ATTEMPTS + attempt
+
+
+def carries_noise(record: RecordConfig, index: int) -> bool:
+    """Spreads the share `noise_episodes` evenly over the episodes, by index alone."""
+    share = record.noise_episodes if record.noise > 0 else 0.0
+    scene = index // record.instructions_per_scene
+    return int((scene + 1) * share) > int(scene * share)
+
+
+def shard_episodes(record: RecordConfig, shard: int) -> range:
+    start = shard * record.shard_episodes
+    return range(start, min(start + record.shard_episodes, record.episodes))
+
+
+def make_environment(config: EnvConfig) -> tuple[Any, Features]:
+    """The environment and its sizes. Raises ValueError when it cannot demonstrate."""
+    import gymnasium
+
+    env = gymnasium.make(config.id, disable_env_checker=True, **config.kwargs)
+    if not callable(getattr(env.unwrapped, "expert_action", None)):
+        raise ValueError(
+            f"{config.id} has no expert. got: no method expert_action(). "
+            "expected: env.unwrapped.expert_action() -> (A,) float32. "
+            "remedy: add it, or record the data another way."
+        )
+    fps = env.metadata.get("render_fps")
+    if not fps:
+        raise ValueError(
+            f"{config.id} does not say its control rate. got: metadata {env.metadata}. "
+            "expected: metadata['render_fps']. remedy: set it on the environment's class."
+        )
+    return env, Features.of_spaces(env.observation_space, env.action_space, int(fps))
+
+
+def demonstrate(
+    env: Any, seed: int, noise: float, tail_steps: int, lead_in: int = 0, instruction: int = 0
+) -> tuple[list[dict[str, Any]] | None, int]:
+    """One attempt: the frames if it succeeded, else None, and the number of steps it took.
+
+    An episode shorter than SHORTEST shows nothing and counts as failed.
+
+    The executed action carries Gaussian noise; the label is the expert's own, so that the data
+    shows how to come back from where the noise led. Both are clipped to the action space.
+    lead_in: at most so many steps of random motion come first and are not recorded: episodes then
+    begin anywhere, and the way the hand moves does not give the instruction away.
+    instruction: 0 is the scene's own, n its n-th alternative, counted around.
+    """
+    rng = np.random.default_rng((seed, 1 + instruction))
+    low, high = env.action_space.low, env.action_space.high
+    observation, info = env.reset(seed=seed)
+    choices = [None, *info.get("alternatives", [])]
+    if (task := choices[instruction % len(choices)]) is not None:
+        observation, info = env.reset(seed=seed, options={TASK: task})
+    led = int(rng.integers(lead_in + 1))
+    action = rng.uniform(low, high).astype(np.float32)
+    for step in range(led):
+        if step % LEAD_IN_HELD == 0:
+            action = rng.uniform(low, high).astype(np.float32)
+        env.unwrapped.images_enabled = step + 1 == led  # only the last one begins the episode
+        observation, _, terminated, truncated, info = env.step(action)
+        if terminated or truncated:
+            env.unwrapped.images_enabled = True
+            return None, step + 1
+    frames: list[dict[str, Any]] = []
+    remaining: int | None = None  # steps to keep after the first success
+    while remaining is None or remaining > 0:
+        label = np.clip(np.asarray(env.unwrapped.expert_action(), np.float32), low, high)
+        frame = {key: np.array(observation[key]) for key in [*camera_keys(observation), STATE]}
+        frames.append(frame | {ACTION: label, TASK: info[TASK]})
+        executed = label + rng.normal(0, noise, label.shape) if noise else label
+        observation, _, terminated, truncated, info = env.step(
+            np.clip(executed, low, high).astype(np.float32)
+        )
+        if remaining is not None:
+            remaining -= 1
+        elif info[IS_SUCCESS]:
+            remaining = tail_steps
+        if terminated or truncated:
+            break
+    kept = remaining is not None and len(frames) >= SHORTEST
+    return (frames if kept else None), led + len(frames)
+
+
+def record_episode(
+    env: Any, config: EnvConfig, record: RecordConfig, index: int
+) -> tuple[list[dict[str, Any]], Recorded]:
+    """Try until the expert succeeds. Raises RuntimeError after ATTEMPTS failures."""
+    noisy = carries_noise(record, index)
+    steps = 0
+    for attempt in range(ATTEMPTS):
+        seed = attempt_seed(record, index, attempt)
+        noise, told = record.noise if noisy else 0.0, index % record.instructions_per_scene
+        frames, taken = demonstrate(env, seed, noise, record.tail_steps, record.lead_in, told)
+        steps += taken
+        if frames is not None:
+            return frames, Recorded(index, seed, attempt + 1, noisy, len(frames), steps)
+    raise RuntimeError(
+        f"The expert of {config.id} failed. got: {ATTEMPTS} failed attempts at episode {index}, "
+        f"the first with seed {attempt_seed(record, index, 0)}. expected: a success. "
+        "remedy: watch that seed, or lower record.noise."
+    )
+
+
+def dataset_features(features: Features) -> dict[str, Any]:
+    """The columns as LeRobotDataset.create takes them."""
+    columns: dict[str, Any] = {
+        IMAGES + name: {"dtype": "video", "shape": (*size, 3), "names": ["height", "width", "channels"]}
+        for name, size in features.cameras.items()
+    }
+    for key, width in ((STATE, features.state_dim), (ACTION, features.action_dim)):
+        columns[key] = {"dtype": "float32", "shape": (width,), "names": None}
+    return columns
+
+
+def write_shard(
+    env: Any,
+    features: Features,
+    config: EnvConfig,
+    record: RecordConfig,
+    shard: int,
+    parts: Path,
+    report: Connection,
+) -> None:
+    """Record one shard as a LeRobotDataset of its own; it appears complete or not at all."""
+    from lerobot.configs.video import RGBEncoderConfig
+    from lerobot.datasets import LeRobotDataset
+
+    start = time.perf_counter()  # not before: importing lerobot takes long, once for each process
+    unfinished = parts / f"shard_{shard:05d}.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed run
+    dataset = LeRobotDataset.create(
+        repo_id="local/demonstrations",
+        fps=features.fps,
+        features=dataset_features(features),
+        root=unfinished,
+        use_videos=True,
+        video_backend="pyav",
+        streaming_encoding=True,
+        # A whole episode is handed over at once, and lerobot drops frames of a full queue.
+        encoder_queue_maxsize=1_000_000,
+        encoder_threads=1,  # the workers already fill the cores
+        rgb_encoder=RGBEncoderConfig(vcodec=record.vcodec, **ENCODERS.get(record.vcodec, {})),
+        video_files_size_in_mb=VIDEO_FILE_MB,
+        metadata_buffer_size=record.shard_episodes,
+    )
+    episodes = []
+    for index in shard_episodes(record, shard):
+        frames, recorded = record_episode(env, config, record, index)
+        for frame in frames:
+            dataset.add_frame(frame)
+        dataset.save_episode()
+        episodes.append(asdict(recorded))
+        report.send(recorded)
+    dataset.finalize()
+    summary = {"seconds": time.perf_counter() - start, "episodes": episodes}
+    (unfinished / "shard.json").write_text(json.dumps(summary), encoding="utf-8")
+    os.rename(unfinished, parts / f"shard_{shard:05d}")
+
+
+def merge_shards(parts: Path, n_shards: int, target: Path) -> None:
+    """Join finished shards, in order, without encoding again."""
+    from lerobot.datasets.aggregate import aggregate_datasets
+
+    roots = [parts / f"shard_{shard:05d}" for shard in range(n_shards)]
+    aggregate_datasets(
+        repo_ids=["local/demonstrations"] * n_shards,
+        aggr_repo_id="local/demonstrations",
+        roots=roots,
+        aggr_root=target,
+        concatenate_videos=False,  # joining files one by one rewrites the first ones ever again
+    )
+
+
+def silence(log: Path) -> None:
+    """Send this process's output to a file: encoders and libraries write to the terminal as they like."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def work(config: EnvConfig, record: RecordConfig, parts: Path, log: Path, orders: Connection) -> None:
+    """A worker process: obey shard numbers and a merge's target, report episodes, end on None.
+
+    Reports a Recorded for each episode, the order itself when it is done, or a Failed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    silence(log)
+    env = None
+    try:
+        env, features = make_environment(config)  # first: it may fail, and importing lerobot takes long
+        importlib.import_module("datasets").disable_progress_bars()
+        while (order := orders.recv()) is not None:
+            if isinstance(order, int):
+                write_shard(env, features, config, record, order, parts, orders)
+            else:
+                merge_shards(parts, *order)
+            orders.send(order)
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        pass  # the parent is gone
+    except Exception as error:
+        traceback.print_exc()
+        orders.send(Failed(f"{type(error).__name__}: {error}"))
+    finally:
+        if env is not None:
+            env.close()

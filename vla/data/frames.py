@@ -1,0 +1,206 @@
+"""The frame store: a LeRobotDataset decoded once into uint8 arrays, memory-mapped beside it.
+
+Random access into videos costs milliseconds a sample, a memory map 0.01. The store lies in
+`<dataset>/frames/`, holds exactly what LeRobotDataset's own items hold, and is built anew when
+the dataset changes. Opening and building it does not import lerobot; `vla.data.lerobot_v3`
+reads the format.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla.data.lerobot_v3 import DatasetFolder, download
+from vla.data.normalize import Statistics, require_finite
+from vla.observation import ACTION, IMAGES, STATE, Features
+
+VERSION = 1
+FOLDER = "frames"
+INDEX = "store.json"
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One demonstration of n frames.
+
+    images: camera -> (n, h, w, 3) uint8; state: (n, P); action: (n, A); task: the instruction.
+    """
+
+    images: Mapping[str, np.ndarray]
+    state: np.ndarray
+    action: np.ndarray
+    task: str
+
+
+@dataclass(frozen=True)
+class FrameStore:
+    """All N frames of a dataset, episode after episode.
+
+    images: camera -> (N, h, w, 3) uint8; state: (N, P) float32; action: (N, A) float32;
+    first, last: (N,) int64, the first and last frame of a frame's episode; task: (N,) int64,
+    an index into tasks, the instructions; fps: frames a second.
+    """
+
+    images: dict[str, np.ndarray]
+    state: np.ndarray
+    action: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    task: np.ndarray
+    tasks: list[str]
+    fps: int
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    @property
+    def n_episodes(self) -> int:
+        return int((self.first == np.arange(len(self))).sum())
+
+    @property
+    def features(self) -> Features:
+        cameras = {name: (x.shape[1], x.shape[2]) for name, x in self.images.items()}
+        return Features(cameras, self.state.shape[1], self.action.shape[1], self.fps)
+
+    def statistics(self) -> Statistics:
+        """Exact statistics of state and action. Raises ValueError when one is not finite."""
+        return Statistics.of({STATE: self.state, ACTION: self.action})
+
+    @classmethod
+    def of_episodes(cls, episodes: Iterable[Episode], fps: int) -> FrameStore:
+        """A store in memory, straight from recorded arrays, without a dataset on disk.
+
+        Raises ValueError when there is no episode, when episodes differ in shape, or when a number
+        is not finite.
+        """
+        episodes = list(episodes)
+        if not episodes:
+            raise ValueError("No episodes. got: an empty list. expected: at least one. remedy: record some.")
+        tasks = sorted({episode.task for episode in episodes})
+        lengths = np.array([len(episode.state) for episode in episodes])
+        first, last = spans(np.cumsum(lengths) - lengths, lengths)
+        store = cls(
+            images={
+                name: np.concatenate([episode.images[name] for episode in episodes])
+                for name in sorted(episodes[0].images)
+            },
+            state=np.concatenate([episode.state for episode in episodes]).astype(np.float32),
+            action=np.concatenate([episode.action for episode in episodes]).astype(np.float32),
+            first=first,
+            last=last,
+            task=np.repeat([tasks.index(episode.task) for episode in episodes], lengths),
+            tasks=tasks,
+            fps=fps,
+        )
+        store.check()
+        return store
+
+    def check(self) -> None:
+        """Raise ValueError unless all arrays cover the same frames with finite numbers."""
+        lengths = {name: len(x) for name, x in self.arrays().items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(
+                f"The frames do not fit together. got: lengths {lengths}. expected: one length. "
+                "remedy: give every episode as many images as states and actions."
+            )
+        for key, x in ((STATE, self.state), (ACTION, self.action)):
+            require_finite(key, x)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        numeric = {name: getattr(self, name) for name in ("state", "action", "first", "last", "task")}
+        return numeric | {IMAGES + name: x for name, x in self.images.items()}
+
+    @classmethod
+    def open_or_build(cls, root: str | Path, repo_id: str = "", cameras: Iterable[str] = ()) -> FrameStore:
+        """The store of the LeRobotDataset in `root`, built first when it is missing or stale.
+
+        repo_id: where lerobot downloads the dataset from when root does not exist;
+        cameras: names without prefix, all when empty.
+        Raises ValueError or FileNotFoundError, before decoding anything, for whatever training
+        could not use: missing keys or cameras, another format version, numbers that are not finite.
+        """
+        root = Path(root)
+        if repo_id and not root.exists():
+            download(repo_id, root)
+        dataset = DatasetFolder.open(root)
+        names = dataset.select_cameras(cameras)
+        folder = root / FOLDER
+        with open(root / f"{FOLDER}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one builder at a time; released when its process ends
+            if not is_current(folder, dataset, names):
+                build(dataset, names, folder)
+        return cls.open(folder, names)
+
+    @classmethod
+    def open(cls, folder: str | Path, cameras: Iterable[str] = ()) -> FrameStore:
+        """Map a built store; cameras: names without prefix, all when empty."""
+        folder = Path(folder)
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+
+        def read(name: str) -> np.ndarray:
+            return np.load(folder / f"{name}.npy")
+
+        return cls(
+            images={
+                name: np.load(folder / f"{IMAGES}{name}.npy", mmap_mode="r")
+                for name in (list(cameras) or index["cameras"])
+            },
+            **{name: read(name) for name in ("state", "action", "first", "last", "task")},
+            tasks=index["tasks"],
+            fps=index["fps"],
+        )
+
+
+def spans(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First and last frame of the episode that each frame belongs to, both (N,) int64."""
+    starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
+    return np.repeat(starts, lengths), np.repeat(starts + lengths - 1, lengths)
+
+
+def is_current(folder: Path, dataset: DatasetFolder, cameras: list[str]) -> bool:
+    if not (folder / INDEX).is_file():
+        return False
+    index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    return (
+        index["version"] == VERSION
+        and index["fingerprint"] == dataset.fingerprint()
+        and set(cameras) <= set(index["cameras"])
+    )
+
+
+def build(dataset: DatasetFolder, cameras: list[str], folder: Path) -> None:
+    """Decode the dataset into `folder`, which appears complete or not at all."""
+    fingerprint = dataset.fingerprint()  # before reading: a change meanwhile must show
+    numeric = dataset.numeric()
+    first, last = spans(numeric.starts, numeric.lengths)
+    unfinished = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    arrays = {
+        "state": numeric.state,
+        "action": numeric.action,
+        "task": numeric.task,
+        "first": first,
+        "last": last,
+    }
+    for name, x in arrays.items():
+        np.save(unfinished / f"{name}.npy", x)
+    dataset.decode(cameras, {name: unfinished / f"{IMAGES}{name}.npy" for name in cameras})
+    index = {
+        "version": VERSION,
+        "fingerprint": fingerprint,
+        "cameras": cameras,
+        "tasks": numeric.tasks,
+        "fps": dataset.fps,
+    }
+    (unfinished / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
