@@ -1,0 +1,1 @@
+"""The network: observations in robot units in, action chunks in robot units out."""

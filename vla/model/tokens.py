@@ -1,0 +1,62 @@
+"""From an observation to one multimodal sequence, [image; text; state].
+
+    B batch   T n_obs_steps   V image tokens   L text tokens   P state_dim   D d_model
+    S = V + L + T, the memory length
+
+A further modality is one more class that returns tokens, and one more row of embeddings.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vla.config import ModelConfig
+from vla.data.normalize import Normalizer, Statistics
+from vla.model.image import Augment, ImageTokens
+from vla.observation import STATE, Features, Observation, Tokens
+
+
+class StateTokens(nn.Module):
+    """Proprioception, normalised, through an MLP: one token per observation step."""
+
+    def __init__(self, config: ModelConfig, state_dim: int, statistics: Statistics) -> None:
+        super().__init__()
+        self.normalizer = Normalizer(statistics[STATE])
+        self.up = nn.Linear(state_dim, config.d_model)
+        self.out = nn.Linear(config.d_model, config.d_model)
+        steps = config.n_obs_steps
+        self.time = nn.Parameter(torch.empty(steps, config.d_model)) if steps > 1 else None
+
+    def forward(self, state: Tensor) -> Tensor:
+        """(B, T, P) in robot units -> (B, T, D)."""
+        x = self.out(nn.functional.gelu(self.up(self.normalizer.normalize(state))))
+        return x if self.time is None else x + self.time
+
+
+class MultimodalTokens(nn.Module):
+    """The concatenated sequence; a learned vector tells each modality from the others."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        features: Features,
+        statistics: Statistics,
+        text_width: int,
+        pretrained: bool,
+    ) -> None:
+        super().__init__()
+        self.image = ImageTokens(config, sorted(features.cameras), text_width, pretrained)
+        self.words = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, config.d_model))
+        self.state = StateTokens(config, features.state_dim, statistics)
+        self.modality = nn.Parameter(torch.empty(3, config.d_model))
+
+    def forward(self, observation: Observation, augment: Augment | None = None) -> Tokens:
+        """-> (B, S, D) with its padding; only text can be padded."""
+        image = self.image(observation.images, observation.text, augment)  # (B, V, D)
+        text = self.words(observation.text.x)  # (B, L, D)
+        state = self.state(observation.state)  # (B, T, D)
+        parts = [part + self.modality[i] for i, part in enumerate((image, text, state))]
+        pad = observation.text.pad
+        seen = [pad.new_zeros(part.shape[:2]) for part in (image, state)]
+        return Tokens(torch.cat(parts, dim=1), torch.cat([seen[0], pad, seen[1]], dim=1))

@@ -1,0 +1,149 @@
+"""The network: a = Decoder(Encoder([f_v ; f_l ; f_s])).
+
+    B batch            T n_obs_steps (history)      C cameras
+    H chunk_size       A action_dim                 P state_dim
+    L text tokens      D d_model                    S memory length
+
+What departs from the Transformer of Vaswani et al. 2017: the encoder reads one sequence of image,
+text and state tokens; the decoder's input is not the shifted target but one learned "open" token
+per action, so that all H actions come out of one pass. Being causal, it can continue actions that
+are already committed to the robot: the first d tokens then carry those (a committed prefix),
+drawn at random in training, given at inference.
+
+Normalisation lives inside: uint8 images and raw state go in, robot units come out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vla.config import ModelConfig, one_of
+from vla.data.normalize import Normalizer, Statistics
+from vla.model.heads import HEADS
+from vla.model.image import Augment
+from vla.model.parameters import count_parameters, initialise_network, parameter_groups
+from vla.model.text import TextTokens
+from vla.model.tokens import MultimodalTokens
+from vla.model.transformer import POSITIONS, Decoder, Encoder
+from vla.observation import ACTION, Batch, Features, Observation, Tokens
+
+__all__ = ["VLA", "count_parameters", "parameter_groups"]
+
+
+class ActionTokens(nn.Module):
+    """The decoder's input: H open tokens, of which the first ones may carry committed actions."""
+
+    def __init__(self, config: ModelConfig, action_dim: int) -> None:
+        super().__init__()
+        self.open = nn.Parameter(torch.empty(config.d_model))
+        self.committed = nn.Linear(action_dim, config.d_model)
+        self.positions = POSITIONS[config.positions](config.chunk_size, config.d_model)
+
+    def forward(self, actions: Tensor, committed: Tensor) -> Tensor:
+        """actions: (B, H, A) normalised, read where committed (B, H) bool is True. -> (B, H, D)."""
+        x = torch.where(committed[..., None], self.committed(actions), self.open)
+        return x + self.positions(actions.shape[1])
+
+
+class VLA(nn.Module):
+    """Vision, language and state to a chunk of actions.
+
+    statistics: of the data it is trained on, for normalisation and for the limits of actions.
+    text_folder: a text encoder saved by `text.save`, instead of the configured one. It belongs to
+    a checkpoint, which also brings the image weights: nothing is fetched from a hub then.
+    Raises ConfigError and ValueError when a backbone or encoder cannot be built.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        features: Features,
+        statistics: Statistics,
+        text_folder: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        one_of("model.head", config.head, HEADS)
+        self.config, self.features = config, features
+        layer: dict[str, Any] = {
+            name: getattr(config, name)
+            for name in ("d_model", "n_heads", "d_ff", "dropout", "norm", "activation")
+        }
+        self.text = TextTokens(config.text, text_folder)
+        self.tokens = MultimodalTokens(config, features, statistics, self.text.width, text_folder is None)
+        self.encoder = Encoder(config.n_encoder_layers, **layer)
+        self.actions = ActionTokens(config, features.action_dim)
+        self.decoder = Decoder(config.n_decoder_layers, **layer)
+        self.head = HEADS[config.head](config.d_model, features.action_dim)
+        self.normalizer = Normalizer(statistics[ACTION])
+        foreign = [] if config.image.backbone == "scratch" else [self.tokens.image.backbone]
+        initialise_network(self, keep=[self.text, *foreign])
+
+    def encode(self, observation: Observation, augment: Augment | None = None) -> Tokens:
+        """The memory, (B, S, D) with its padding."""
+        return self.encoder(self.tokens(observation, augment))
+
+    def forward(
+        self, observation: Observation, actions: Tensor, committed: Tensor, augment: Augment | None = None
+    ) -> Tensor:
+        """Hidden states of the action tokens (B, H, D); row t depends on actions 0 … t only.
+
+        actions: (B, H, A) normalised, read where committed (B, H) bool is True.
+        """
+        memory = self.encode(observation, augment)
+        return self.decoder(self.actions(actions, committed), memory)
+
+    def loss(
+        self, batch: Batch, text: Tokens, augment: Augment | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Behaviour cloning: the head's loss over the actions that are neither padding nor prefix.
+
+        text: the features of each sample's instruction (B, L, W); augment: see ImageTokens. In
+        training mode samples carry prefixes as configured, in evaluation mode none does.
+        Returns the scalar and numbers to log, all on the device: action_error, the mean absolute
+        error in robot units.
+        """
+        target = self.normalizer.normalize(batch.action)  # (B, H, A)
+        committed = self.leading(self.draw_prefixes(len(target), target.device))  # (B, H)
+        hidden = self(Observation(batch.images, batch.state, text), target, committed, augment)  # (B, H, D)
+        ignore = batch.action_is_pad | committed  # (B, H)
+        return self.head.loss(hidden, target, ignore), {
+            "action_error": self.error(hidden, batch.action, ignore)
+        }
+
+    @torch.no_grad()
+    def error(self, hidden: Tensor, action: Tensor, ignore: Tensor) -> Tensor:
+        """Mean absolute error in robot units, over the actions that are not ignored."""
+        error = (self.normalizer.unnormalize(self.head.decode(hidden)) - action).abs().mean(dim=2)  # (B, H)
+        return torch.where(ignore, 0, error).sum() / (~ignore).sum().clamp(min=1)
+
+    def predict_chunk(
+        self, observation: Observation, prefix: Tensor | None = None, prefix_length: Tensor | None = None
+    ) -> Tensor:
+        """The next H actions (B, H, A) in robot units, float32, inside the limits of the data.
+
+        prefix: (B, H, A) robot units, of which the first prefix_length (B,) int64 are already
+        committed; they come back unchanged in their places, and the rest continues them.
+        """
+        shape = (len(observation.state), self.config.chunk_size, self.features.action_dim)
+        if prefix is None or prefix_length is None:
+            prefix, prefix_length = observation.state.new_zeros(shape), observation.state.new_zeros(shape[:1])
+        committed = self.leading(prefix_length)  # (B, H)
+        hidden = self(observation, self.normalizer.normalize(prefix), committed)  # (B, H, D)
+        chunk = self.normalizer.clip(self.normalizer.unnormalize(self.head.decode(hidden)))
+        return torch.where(committed[..., None], prefix, chunk)
+
+    def draw_prefixes(self, batch: int, device: torch.device) -> Tensor:
+        """Prefix lengths (B,) int64: mostly 0, else uniform in 1 … max_prefix; 0 when not training."""
+        longest = self.config.max_prefix
+        if not self.training or longest == 0:
+            return torch.zeros(batch, dtype=torch.int64, device=device)
+        some = torch.rand(batch, device=device) < self.config.prefix_probability
+        return torch.where(some, torch.randint(1, longest + 1, (batch,), device=device), 0)
+
+    def leading(self, length: Tensor) -> Tensor:
+        """(B,) -> (B, H) bool: True for the first `length` action tokens of each sample."""
+        return torch.arange(self.config.chunk_size, device=length.device) < length[:, None]
