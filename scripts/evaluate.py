@@ -1,0 +1,86 @@
+"""Evaluate a checkpoint in closed loop.
+
+    python scripts/evaluate.py CHECKPOINT [--evaluate.episodes=20] [--env.id=…]
+    python scripts/evaluate.py --expert [CONFIG]
+
+CHECKPOINT is a checkpoint's folder, or the output folder of a training. Its own job is played,
+with changes from the command line; evaluation.json, videos/ and report.html go to --output, by
+default the job's own. `--expert` has the environment's scripted expert play instead, through the
+same machinery, which checks the evaluator and the environment; its results go to <output>/expert.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vla.config import ConfigError, Job, load
+from vla.evaluation import EnvironmentCrash, Evaluation, evaluate
+from vla.evaluation.report import percent, write_report
+
+
+def main(job: Job, checkpoint: Path | None) -> Evaluation:
+    """Play the job, write its results and print them; without a checkpoint the expert plays."""
+    policy = None
+    metrics = Path(job.output) / "metrics.jsonl"
+    if checkpoint is None:
+        job = replace(job, output=str(Path(job.output) / "expert"))
+    else:
+        from vla.policy import Policy
+
+        policy = Policy.load(checkpoint, job.evaluate.device)
+        if policy.checkpoint is not None and not metrics.is_file():
+            metrics = policy.checkpoint.parent.parent / metrics.name
+    folder = Path(job.output)
+    result = evaluate(policy, job)
+    data = result.as_dict(folder)
+    result.save(folder)
+    print(table(data))
+    print(f"evaluation: {folder / 'evaluation.json'}\nreport:     {write_report(data, folder, metrics)}")
+    return result
+
+
+def table(data: dict[str, Any]) -> str:
+    """The rates as plain text."""
+    groups = dict(data["splits"])
+    if len(groups) == 1:
+        groups |= {f"  {skill}": group for skill, group in data["skills"].items()}
+    if data["counterfactual_pairs"]["n_episodes"]:
+        groups["counterfactual pairs"] = data["counterfactual_pairs"]
+    groups |= {
+        f"instruction {name}": data["controls"][name]
+        for name in ("blank", "shuffled")
+        if name in data["controls"]
+    }
+    lines = [f"{'':24} success   95 % interval   episodes"]
+    for name, group in groups.items():
+        low, high = group["wilson_95"]
+        bounds = f"{100 * low:.0f} – {100 * high:.0f} %"
+        lines.append(f"{name:24} {percent(group['success_rate']):>7} {bounds:>15} {group['n_episodes']:>10}")
+    return "\n".join(lines)
+
+
+def from_command_line(argv: list[str]) -> tuple[Job, Path | None]:
+    """The job to play and the checkpoint to play it, or None for the expert."""
+    arguments = [argument for argument in argv if argument != "--expert"]
+    if len(arguments) < len(argv) and not (arguments and (Path(arguments[0]) / "manifest.json").is_file()):
+        return load(Job, arguments), None
+    if not arguments or arguments[0].startswith("-"):
+        if {"-h", "--help"} & set(arguments):
+            print(__doc__)
+            load(Job, ["--help"])
+        raise SystemExit("evaluate: got no checkpoint, expected its folder first. remedy: see --help.")
+    from vla.training import checkpoint
+
+    path = checkpoint.find(arguments[0])
+    job = load(Job, arguments[1:], path=path / "config.yaml")
+    return job, None if len(arguments) < len(argv) else path
+
+
+if __name__ == "__main__":
+    try:
+        main(*from_command_line(sys.argv[1:]))
+    except (ConfigError, EnvironmentCrash, ValueError) as error:
+        sys.exit(f"evaluate: {error}")

@@ -1,0 +1,147 @@
+"""One evaluation from a policy and a job; see `evaluate`."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vla.config import Job
+from vla.control.schedule import Receding, make_schedule
+from vla.evaluation import episodes as plan
+from vla.evaluation.episodes import Row
+from vla.evaluation.pool import Workers
+from vla.evaluation.rollouts import ChunkPolicy, Clock, Rollouts
+from vla.evaluation.slot import Setup
+from vla.evaluation.summary import machine, portable, sha256, summarise, versions
+from vla.observation import Features
+
+VIDEOS = "videos"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The episodes of an evaluation and what they were played with."""
+
+    rows: list[Row]
+    clock: Clock
+    job: Job
+    features: Features
+    checkpoint: Path | None
+    expert: bool
+    workers: int
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The rates; see summary.py."""
+        return summarise(self.rows)
+
+    @property
+    def success_rate(self) -> float:
+        """Of the first split's standard episodes, like the two below."""
+        return self.summary["success_rate"]
+
+    @property
+    def n_episodes(self) -> int:
+        return self.summary["n_episodes"]
+
+    @property
+    def wilson_95(self) -> tuple[float, float]:
+        low, high = self.summary["wilson_95"]
+        return low, high
+
+    def as_dict(self, folder: Path) -> dict[str, Any]:
+        """Everything evaluation.json holds. Paths are relative to `folder`, its place."""
+        clock = self.clock
+        return self.summary | {
+            "played_by": "expert" if self.expert else "policy",
+            "checkpoint": self._checkpoint(folder),
+            "environment": self.job.env.id,
+            "fps": self.features.fps,
+            "time": asdict(clock)
+            | {
+                "env_steps_per_s": clock.env_steps / clock.wall_s,
+                "env_share": clock.env_s / clock.wall_s,
+                "policy_share": clock.policy_s / clock.wall_s,
+                "workers": self.workers,
+            },
+            "machine": machine(),
+            "versions": versions(),
+            "config": portable(asdict(self.job)),
+            "episodes": [row.as_dict() for row in self.rows],
+        }
+
+    def save(self, folder: Path) -> Path:
+        """Write evaluation.json into `folder`, in one piece."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "evaluation.json"
+        partial = path.with_suffix(".json.partial")
+        text = json.dumps(self.as_dict(folder), indent=1, ensure_ascii=False)
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(path)
+        return path
+
+    def _checkpoint(self, folder: Path) -> dict[str, Any] | None:
+        if self.checkpoint is None:
+            return None
+        below = self.checkpoint.resolve().is_relative_to(folder.resolve())
+        name = os.path.relpath(self.checkpoint.resolve(), folder.resolve()) if below else self.checkpoint.name
+        weights = self.checkpoint / "model.safetensors"
+        return {"path": name, "sha256": sha256(weights) if weights.is_file() else None}
+
+
+def evaluate(policy: ChunkPolicy | None, job: Job, *, progress: bool = True) -> Evaluation:
+    """Play the job's episodes in closed loop and count successes.
+
+    policy: None has the environment's own expert play through the same machinery.
+    Films, job.evaluate.videos of each split, go to <job.output>/videos, in the place of those of an
+    evaluation before; nothing else is written.
+    Raises ValueError, before anything is played, when the environment is not to be found or does
+    not fit the policy; EnvironmentCrash when it fails on the way.
+    """
+    config, folder = job.evaluate, Path(job.output)
+    start = time.perf_counter()
+    for film in (folder / VIDEOS).glob("*.mp4"):
+        film.unlink()  # of an evaluation before this one
+    todo = plan.standard_episodes(config)
+    n_slots = min(config.slots, len(todo))
+    schedules = [
+        Receding(config.n_action_steps) if policy is None else make_schedule(config, policy.chunk_size)
+        for _ in range(n_slots)
+    ]
+    setup = Setup(
+        env_id=job.env.id,
+        env_kwargs=job.env.kwargs,
+        splits=plan.split_kwargs(config),
+        slots=(),
+        n_obs_steps=policy.n_obs_steps if policy else 1,
+        n_action_steps=schedules[0].replan_every,
+        expert=policy is None,
+        films=folder / VIDEOS,
+    )
+
+    def controls(rows: list[Row]) -> list[plan.Episode]:
+        return plan.control_episodes(rows, film=config.videos // 2, policy_reads=policy is not None)
+
+    with Workers(config.workers, n_slots, setup) as workers:
+        if policy is not None:
+            policy.features.require(workers.features, f"The environment {job.env.id}")
+        rollouts = Rollouts(workers, schedules, policy, folder)
+        rows = rollouts.play(todo, controls if config.controls else None, progress)
+        film_failures(rollouts, rows, config.videos // 2)
+    rollouts.clock.wall_s = time.perf_counter() - start
+    checkpoint = getattr(policy, "checkpoint", None)
+    return Evaluation(rows, rollouts.clock, job, workers.features, checkpoint, policy is None, workers.n)
+
+
+def film_failures(rollouts: Rollouts, rows: list[Row], count: int) -> None:
+    """Play some failed episodes again, filmed. A film is kept where the failure repeats itself:
+    a batch of other neighbours can change the last bits of a prediction, and with them the end.
+    """
+    originals = {row.scene: row for row in rows if row.episode.control == plan.STANDARD}
+    for row in rollouts.play(plan.failures_to_film(rows, count), progress=False):
+        if not row.success:
+            originals[row.scene].video = row.video

@@ -1,0 +1,196 @@
+"""One environment slot of an evaluation: episodes begin, advance and end in it."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.envs.registration import load_env_creator
+
+from vla.evaluation.episodes import Episode
+from vla.evaluation.video import Film
+from vla.observation import ACTION, IMAGES, IS_SUCCESS, STATE, TASK, Features
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker needs to know before the first command."""
+
+    env_id: str
+    env_kwargs: dict[str, Any]
+    splits: dict[str, dict[str, Any]]
+    slots: tuple[int, ...]  # the rows of the shared memory that are this worker's
+    n_obs_steps: int
+    n_action_steps: int
+    expert: bool  # the environment's own expert acts
+    films: Path  # folder
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What an episode shows when it begins."""
+
+    task: str
+    skill: str
+    alternatives: list[str]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where an episode stands after some steps."""
+
+    task: str
+    steps: int
+    done: bool
+    success: bool
+    film: Path | None
+
+
+class Unsuitable(ValueError):
+    """An environment that does not follow the protocol: got, expected, remedy."""
+
+    def __init__(self, got: str, expected: str, remedy: str) -> None:
+        super().__init__(
+            f"The environment cannot be evaluated. got: {got}. expected: {expected}. remedy: {remedy}."
+        )
+
+
+def make_env(env_id: str, kwargs: dict[str, Any]) -> gym.Env:
+    """Make a gymnasium environment by its id (`module:Id-v0`), able to render where it says it can.
+
+    Raises ValueError when the id names nothing.
+    """
+    module, _, name = env_id.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+        creator = gym.spec(name).entry_point
+    except (ModuleNotFoundError, gym.error.UnregisteredEnv) as error:
+        raise ValueError(
+            f"env.id: got {env_id!r} ({str(error).splitlines()[0]}), expected 'module:Id-v0', where "
+            "importing the module registers the environment. remedy: check the spelling, and that the module "
+            "is on the PYTHONPATH."
+        ) from None
+    if isinstance(creator, str):
+        creator = load_env_creator(creator)
+    metadata = getattr(creator, "metadata", None)
+    if isinstance(metadata, dict) and "rgb_array" in metadata.get("render_modes", ()):
+        kwargs = {"render_mode": "rgb_array", **kwargs}
+    return gym.make(name, disable_env_checker=True, **kwargs)
+
+
+class Slot:
+    """One environment and its row in the shared memory. Other splits' episodes get a fresh environment."""
+
+    def __init__(self, setup: Setup, split: str) -> None:
+        self.setup = setup
+        self.env: gym.Env | None = None
+        self.film: Film | None = None
+        self.features = self._open(split)
+
+    def close(self) -> None:
+        if self.env is not None:
+            self.env.close()
+
+    def _open(self, split: str) -> Features:
+        self.close()
+        self.split = split
+        self.env = make_env(self.setup.env_id, {**self.setup.env_kwargs, **self.setup.splits[split]})
+        self.fps = int(self.env.metadata.get("render_fps") or 10)
+        features = Features.of_spaces(self.env.observation_space, self.env.action_space, self.fps)
+        for name in features.cameras:
+            space = self.env.observation_space[IMAGES + name]  # type: ignore[index]
+            if space.dtype != np.uint8 or space.shape[2:] != (3,):
+                expected = "uint8 of shape (height, width, 3)"
+                raise Unsuitable(
+                    f"camera {name!r} with {space}", expected, "convert the pictures in a wrapper"
+                )
+        if self.setup.expert and not hasattr(self.env.unwrapped, "expert_action"):
+            expected = "a method expert_action() -> (A,) float32"
+            raise Unsuitable("no expert", expected, "write one, or evaluate a checkpoint instead")
+        return features
+
+    def attach(self, arrays: dict[str, np.ndarray], row: int) -> None:
+        """arrays: the shared memory of pool.py; row: this slot's."""
+        self.images = {name: array[row] for name, array in arrays.items() if name.startswith(IMAGES)}
+        self.state, self.actions = arrays[STATE][row], arrays[ACTION][row]
+
+    def begin(self, episode: Episode) -> Sight:
+        """Reset to an episode; the history is its first observation, repeated."""
+        if episode.split != self.split:
+            self._open(episode.split)
+        self._enable_images(True)
+        options = {} if episode.task is None else {"task": episode.task}
+        assert self.env is not None
+        observation, info = self.env.reset(seed=episode.seed, options=options)
+        for name, history in self.images.items():
+            history[:] = observation[name]
+        self.state[:] = observation[STATE]
+        for key in (TASK, IS_SUCCESS):
+            if key not in info:
+                got, expected = f"info with {sorted(info)}", f"info[{TASK!r}] and info[{IS_SUCCESS!r}]"
+                raise Unsuitable(got, expected, "add them to the info of reset and step")
+        self.steps, self.task = 0, str(info[TASK])
+        if episode.film:
+            name = re.sub(r"[^\w.-]+", "_", episode.name)
+            self.film = Film(self.setup.films / f"{name}.mp4", self.fps)
+            self._picture(observation)
+        others = [str(text) for text in info.get("alternatives", ())]
+        return Sight(self.task, str(info.get("skill", "")), others)
+
+    def advance(self) -> Progress:
+        """Execute the planned actions; an episode ends with its first success, or as the environment says.
+
+        Pictures are made only for steps that the policy or the film will show.
+        """
+        env, done, success = self.env, False, False
+        assert env is not None
+        unseen = self.setup.n_action_steps - (0 if self.setup.expert else self.setup.n_obs_steps)
+        filmed_by_camera = self.film is not None and env.render_mode != "rgb_array"
+        low, high = env.action_space.low, env.action_space.high  # type: ignore[attr-defined]
+        for number in range(self.setup.n_action_steps):
+            seen = number >= unseen or filmed_by_camera
+            self._enable_images(seen)
+            action = env.unwrapped.expert_action() if self.setup.expert else self.actions[number]  # type: ignore[attr-defined]
+            observation, _, terminated, truncated, info = env.step(np.clip(action, low, high))
+            self.steps += 1
+            self.task, success = str(info[TASK]), bool(info[IS_SUCCESS])
+            self._remember(self.state, observation[STATE])
+            if seen:
+                for name, history in self.images.items():
+                    self._remember(history, observation[name])
+            if self.film is not None:
+                self._picture(observation)
+            done = success or bool(terminated) or bool(truncated)
+            if done:
+                break
+        return Progress(self.task, self.steps, done, success, self.end() if done else None)
+
+    def end(self) -> Path | None:
+        """Close the episode's film, if there is one."""
+        film, self.film = self.film, None
+        return film.close() if film is not None else None
+
+    def _picture(self, observation: dict[str, np.ndarray]) -> None:
+        env, film = self.env, self.film
+        assert env is not None
+        assert film is not None
+        picture: Any = env.render() if env.render_mode == "rgb_array" else observation[min(self.images)]
+        film.add(np.asarray(picture))
+
+    def _enable_images(self, enabled: bool) -> None:
+        assert self.env is not None
+        if hasattr(self.env.unwrapped, "images_enabled"):
+            self.env.unwrapped.images_enabled = enabled  # type: ignore[attr-defined]
+
+    @staticmethod
+    def _remember(history: np.ndarray, newest: np.ndarray) -> None:
+        """history: (T, ...), oldest first."""
+        if len(history) > 1:
+            history[:-1] = history[1:].copy()
+        history[-1] = newest

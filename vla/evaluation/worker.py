@@ -1,0 +1,102 @@
+"""The environment's side of an evaluation: a process that hosts some of the slots.
+
+Commands come through a pipe; observations and actions lie in memory shared with the evaluator,
+one row per slot. A worker knows nothing of policies. It imports no torch, and the environment
+is imported here only, never in the evaluator's process.
+"""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla.evaluation.episodes import Episode
+from vla.evaluation.slot import Progress, Setup, Sight, Slot, Unsuitable
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The arrays a worker shares with the evaluator: name -> (file, shape, dtype)."""
+
+    arrays: dict[str, tuple[Path, tuple[int, ...], str]]
+
+    def attach(self) -> dict[str, np.ndarray]:
+        return {
+            name: np.memmap(path, dtype, "r+", shape=shape)
+            for name, (path, shape, dtype) in self.arrays.items()
+        }
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a worker gave up. refused: the user's own mistake, said in `message`; else a crash."""
+
+    refused: bool
+    message: str
+    episode: Episode | None
+
+
+class Host:
+    """The slots of one worker and the commands they answer to."""
+
+    def __init__(self, setup: Setup) -> None:
+        split = next(iter(setup.splits))
+        self.slots = {number: Slot(setup, split) for number in setup.slots}
+        self.at: Episode | None = None  # the episode worked on, for the error message
+        self.episodes: dict[int, Episode] = {}
+
+    def attach(self, layout: Layout) -> None:
+        arrays = layout.attach()
+        for number, slot in self.slots.items():
+            slot.attach(arrays, number)
+
+    def begin(self, episodes: dict[int, Episode]) -> dict[int, Sight]:
+        self.episodes |= episodes
+        return {number: self._at(number).begin(episode) for number, episode in episodes.items()}
+
+    def advance(self, numbers: dict[int, None]) -> dict[int, Progress]:
+        return {number: self._at(number).advance() for number in numbers}
+
+    def end(self, numbers: dict[int, None]) -> dict[int, Path | None]:
+        return {number: self._at(number).end() for number in numbers}
+
+    def _at(self, number: int) -> Slot:
+        self.at = self.episodes[number]
+        return self.slots[number]
+
+
+def serve(connection: Connection) -> None:
+    """Answer the evaluator's (command, argument) until it hangs up."""
+    host: Host | None = None
+    while True:
+        try:
+            command, argument = connection.recv()
+        except (EOFError, ConnectionError):  # the evaluation is over, or its process gone
+            break
+        try:
+            if host is None:
+                host = Host(argument)
+                reply: Any = next(iter(host.slots.values())).features
+            else:
+                reply = getattr(host, command)(argument)
+        except Exception as error:
+            refused = isinstance(error, Unsuitable) or (host is None and isinstance(error, ValueError))
+            message = str(error) if refused else traceback.format_exc()
+            reply = Failure(refused, message, host.at if host else None)
+        try:
+            connection.send(reply)
+        except ConnectionError:  # it went while we worked
+            break
+    for slot in host.slots.values() if host else ():
+        slot.close()
+
+
+def main(descriptor: int) -> None:
+    """The worker process; `descriptor` is its end of the pipe."""
+    with Connection(descriptor) as connection:
+        serve(connection)
