@@ -15,6 +15,7 @@ from typing import Any
 import draccus
 
 from vla import __version__
+from vla.checks import ConfigError, apply_arguments, check, one_of, read_yaml, require
 
 # Transformer and from-scratch ViT sizes; parameters without the text encoder.
 SIZES: dict[str, dict[str, int]] = {
@@ -25,23 +26,6 @@ SIZES: dict[str, dict[str, int]] = {
     "base": dict(d_model=384, n_heads=6, d_ff=1536, n_encoder_layers=4, n_decoder_layers=4,
                  image_width=256, image_depth=8, image_heads=8),
 }  # fmt: skip
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot work: says what was got, what was expected, what to do."""
-
-    def __init__(self, field_name: str, got: Any, expected: str, remedy: str = "") -> None:
-        remedy = remedy or f"set {field_name} accordingly"
-        super().__init__(f"{field_name}: got {got!r}, expected {expected}. remedy: {remedy}.")
-
-
-def require(condition: bool, field_name: str, got: Any, expected: str, remedy: str = "") -> None:
-    if not condition:
-        raise ConfigError(field_name, got, expected, remedy)
-
-
-def one_of(field_name: str, got: Any, choices: Any) -> None:
-    require(got in choices, field_name, got, "one of " + ", ".join(map(str, choices)))
 
 
 @dataclass(frozen=True)
@@ -61,7 +45,7 @@ class RecordConfig:
     noise_episodes: float = 0.5  # share of episodes that carry the noise
     lead_in: int = 0  # at most so many steps of random motion before the recording of an episode starts
     instructions_per_scene: int = 1  # episodes that share a scene, each with another of its instructions
-    tail_steps: int = 3  # steps kept after the first success
+    tail_steps: int = 3  # steps kept after the first success, where the environment goes on
     workers: int = 0  # 0: one per core
     seed: int = 0  # scene of the first episode; evaluation starts elsewhere
     shard_episodes: int = 100  # what a kill can cost
@@ -73,7 +57,8 @@ class RecordConfig:
         require(
             0 <= self.noise_episodes <= 1, "record.noise_episodes", self.noise_episodes, "a share in [0, 1]"
         )
-        require(self.lead_in >= 0, "record.lead_in", self.lead_in, "0 or more")
+        for name in ("lead_in", "tail_steps", "workers", "seed"):
+            require(getattr(self, name) >= 0, f"record.{name}", getattr(self, name), "0 or more")
         require(
             self.instructions_per_scene > 0,
             "record.instructions_per_scene",
@@ -224,8 +209,13 @@ class TrainConfig:
     wandb_project: str = "vla"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
+        for name in ("steps", "batch_size", "log_every", "save_every", "keep", "evaluate_episodes"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "a positive number")
+        require(self.lr > 0, "train.lr", self.lr, "a positive number")
+        require(
+            self.grad_clip > 0, "train.grad_clip", self.grad_clip, "a positive number", "use .inf for none"
+        )
+        require(all(0 <= b < 1 for b in self.betas), "train.betas", self.betas, "two decays in [0, 1)")
         one_of("train.precision", self.precision, ("auto", "fp32", "bf16"))
         one_of("train.wandb", self.wandb, ("auto", "online", "offline", "disabled"))
         require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "a decay in [0, 1)")
@@ -249,6 +239,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         for name in ("episodes", "n_action_steps", "slots"):
             require(getattr(self, name) > 0, f"evaluate.{name}", getattr(self, name), "a positive number")
+        for name in ("workers", "videos", "seed"):
+            require(getattr(self, name) >= 0, f"evaluate.{name}", getattr(self, name), "0 or more")
         require(self.ensemble >= 0, "evaluate.ensemble", self.ensemble, "0 or more")
 
 
@@ -266,6 +258,14 @@ class Job:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
+        recorded = self.record.seed + self.record.episodes
+        require(
+            recorded <= self.evaluate.seed, "evaluate.seed", self.evaluate.seed,
+            f"record.seed + record.episodes = {recorded} or more",
+            "demonstrations and evaluation must not share scenes",
+        )  # fmt: skip
+        played = self.evaluate.seed + self.evaluate.episodes
+        require(played <= 2**30, "evaluate.seed", self.evaluate.seed, "seed + episodes of 2**30 at most")
         require(
             self.evaluate.n_action_steps <= self.model.chunk_size, "evaluate.n_action_steps",
             self.evaluate.n_action_steps, f"at most model.chunk_size={self.model.chunk_size}",
@@ -285,15 +285,19 @@ def load[T](cls: type[T], argv: list[str] | None = None, path: str | Path | None
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and not argv[0].startswith("-"):
         path = argv.pop(0)
-    if path is not None and not Path(path).is_file():
-        raise SystemExit(f"config: got {str(path)!r}, expected a YAML file. remedy: see configs/.")
+    if {"-h", "--help"} & set(argv):
+        draccus.parse(cls, args=["--help"])  # prints all fields and ends the program
     try:
-        return draccus.parse(cls, config_path=path, args=argv)
-    except (draccus.utils.DecodingError, draccus.utils.ParsingError) as error:
+        tree = {} if path is None else read_yaml(Path(path))
+        check(tree, cls)
+        apply_arguments(tree, argv, cls)
+        return draccus.decode(cls, tree)
+    except (ConfigError, draccus.utils.DecodingError, draccus.utils.ParsingError) as error:
         cause: BaseException = error
         while not isinstance(cause, ConfigError) and cause.__cause__ is not None:
             cause = cause.__cause__
-        raise SystemExit(f"config: {cause if isinstance(cause, ConfigError) else error}") from None
+        line = " ".join(str(cause if isinstance(cause, ConfigError) else error).split())
+        raise SystemExit(f"config: {line}") from None
 
 
 def dump(config: Any) -> str:

@@ -48,30 +48,48 @@ class Features:
     def of_spaces(cls, observation_space: Any, action_space: Any, fps: int) -> Features:
         """Read the sizes from a gymnasium environment's spaces.
 
-        Raises ValueError when the observation is not a Dict with LeRobot's keys.
+        Raises ValueError when the observation is not a Dict with LeRobot's keys, images of
+        (height, width, 3) uint8 and a one-dimensional state.
         """
         spaces: Mapping[str, Any] = getattr(observation_space, "spaces", {})
         keys = camera_keys(spaces)
-        if not keys or STATE not in spaces or len(getattr(action_space, "shape", ())) != 1:
+        vectors = [getattr(space, "shape", None) or () for space in (spaces.get(STATE), action_space)]
+        if (
+            not keys
+            or not all(map(is_picture, (spaces[key] for key in keys)))
+            or [*map(len, vectors)] != [1, 1]
+        ):
+            seen = {key: str(spaces[key]) for key in [*keys, STATE] if key in spaces}
             raise ValueError(
-                f"The environment's spaces do not fit. got: observation keys {sorted(spaces)}, "
-                f"action {action_space}. expected: at least one '{IMAGES}<camera>' and '{STATE}', "
-                "and a one-dimensional Box for actions. remedy: rename the observation's keys."
+                f"The environment's spaces do not fit. got: observation {seen} among {sorted(spaces)}, "
+                f"action {action_space}. expected: at least one '{IMAGES}<camera>' of (height, width, 3) "
+                f"uint8, '{STATE}' and actions as one-dimensional Boxes. "
+                "remedy: rename, convert or flatten them in a wrapper."
             )
         cameras = {key.removeprefix(IMAGES): tuple(spaces[key].shape[:2]) for key in keys}
         return cls(cameras, spaces[STATE].shape[0], action_space.shape[0], fps)
 
-    def require(self, other: Features, what: str) -> None:
-        """Raise ValueError unless `other` can stand in for these features (fps may differ)."""
-        for name in ("cameras", "state_dim", "action_dim"):
+    def require(self, other: Features, what: str, closed_loop: bool = False) -> None:
+        """Raise ValueError unless `other` can stand in for these features (fps may differ).
+
+        closed_loop: `other` is what a policy with these features acts in. It may show more cameras
+        than the policy looks at, but must run at its rate, or every action would mean another motion.
+        """
+        for name in ("cameras", "state_dim", "action_dim", *(["fps"] if closed_loop else [])):
             expected, got = getattr(self, name), getattr(other, name)
             if name == "cameras":  # resolutions may differ, the model resizes; names may not
                 expected, got = sorted(expected), sorted(got)
-            if expected != got:
+            if expected != got and not (closed_loop and name == "cameras" and set(expected) <= set(got)):
                 raise ValueError(
                     f"{what} does not fit: {name}. got: {got}. expected: {expected}. "
                     "remedy: use the data, environment and checkpoint that belong together."
                 )
+
+
+def is_picture(space: Any) -> bool:
+    """Whether a gymnasium space holds images of (height, width, 3) uint8."""
+    shape = getattr(space, "shape", None) or ()
+    return len(shape) == 3 and shape[2] == 3 and str(getattr(space, "dtype", "")) == "uint8"
 
 
 @dataclass
