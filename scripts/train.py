@@ -1,0 +1,62 @@
+"""Train a policy on demonstrations.
+
+    python scripts/train.py [CONFIG] [--train.steps=100 …] [--resume]
+
+--resume goes on from the newest checkpoint of the same output.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from vla.config import Job, load
+
+OTHER_SCENES = 10_000_000  # a curve that one looks at while tuning must not come from the final scenes
+
+
+def main(job: Job, resume: bool = False) -> Path:
+    """Train as `job` says; returns the last checkpoint's folder."""
+    from vla.data.frames import FrameStore
+    from vla.training.loop import train
+
+    store = FrameStore.open_or_build(job.dataset_root, job.data.repo_id, job.data.cameras)
+    return train(job, store, resume, evaluate=None if not job.train.evaluate_every else evaluation_of(job))
+
+
+def evaluation_of(job: Job):
+    """What the loop calls every `train.evaluate_every` steps: a short closed-loop evaluation."""
+    from dataclasses import replace
+
+    from vla.evaluation import evaluate
+    from vla.policy import Policy
+
+    def run(checkpoint: Path, step: int) -> tuple[dict[str, float], list[Path]]:
+        folder = Path(job.output) / "evaluations" / f"step_{step:08d}"
+        first = dict(list(job.evaluate.splits.items())[:1])
+        short = replace(
+            job.evaluate, episodes=job.train.evaluate_episodes, splits=first, controls=False, videos=2,
+            seed=job.evaluate.seed + OTHER_SCENES,
+        )  # fmt: skip
+        policy = Policy.load(checkpoint, job.train.device)
+        result = evaluate(policy, replace(job, output=str(folder), evaluate=short), progress=False)
+        return {"success": result.success_rate}, sorted(folder.rglob("*.mp4"))
+
+    return run
+
+
+if __name__ == "__main__":
+    arguments = [a for a in sys.argv[1:] if a != "--resume"]
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+    try:
+        print(f"checkpoint: {main(load(Job, arguments), resume='--resume' in sys.argv)}")
+    except (
+        ValueError,
+        RuntimeError,
+        FileNotFoundError,
+        FloatingPointError,
+    ) as error:  # ConfigError is a ValueError
+        sys.exit(f"train: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train: interrupted. The same command with --resume goes on from the last checkpoint.")

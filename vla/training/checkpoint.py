@@ -1,0 +1,240 @@
+"""Checkpoints: a folder that holds everything a policy needs, and proves it is intact.
+
+    step_00001000/
+        config.yaml          the whole job
+        features.json        cameras, state and action sizes of the data
+        statistics.json      normalisation
+        model.safetensors    the averaged weights, which the policy runs
+        text/                tokenizer and text encoder, as transformers reads them
+        training.safetensors live weights, optimiser, average, random states: for --resume
+        manifest.json        sha256 of every file above and of the manifest itself, and the step
+
+A folder is written under another name and renamed, so that one which exists is complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vla.config import ConfigError, Job, dump, load
+from vla.data.normalize import Statistics
+from vla.model.vla import VLA
+from vla.observation import Features
+from vla.system import sha256
+
+MANIFEST = "manifest.json"
+# What decides how training goes on, beside the model, the data and the seed.
+COURSE = ("batch_size", "lr", "warmup_steps", "weight_decay", "betas", "grad_clip", "ema_decay", "precision")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged or of another kind: got, expected, remedy."""
+
+
+def save(
+    folder: Path, step: int, job: Job, model: VLA, statistics: Statistics,
+    weights: dict[str, Tensor], training: dict[str, Tensor], keep: int,
+) -> Path:  # fmt: skip
+    """Write checkpoint `step` into `folder` and delete all but the newest `keep`.
+
+    weights: the averaged trainable weights by name; frozen image weights are added here, a
+    frozen text encoder lies in text/, linked from the previous checkpoint when it is the same.
+    """
+    final = folder / f"step_{step:08d}"
+    partial = folder / f".{final.name}.partial"
+    for killed in folder.glob(".step_*.partial"):
+        shutil.rmtree(killed)
+    partial.mkdir(parents=True)
+    older = checkpoints(folder)
+    (partial / "config.yaml").write_text(dump(job))
+    (partial / "features.json").write_text(json.dumps(dataclasses.asdict(model.features), indent=2))
+    statistics.save(partial / "statistics.json")
+    if older:
+        shutil.copytree(older[-1] / "text", partial / "text", copy_function=_link)
+    else:
+        model.text.save(partial / "text")
+    save_file(_deployed(model, weights), partial / "model.safetensors")
+    save_file({n: t.cpu().contiguous() for n, t in training.items()}, partial / "training.safetensors")
+    write_manifest(partial, step)
+    for path in [*partial.rglob("*"), partial]:
+        _sync(path)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync(folder)
+    for path in checkpoints(folder)[:-keep]:
+        shutil.rmtree(path)
+    return final
+
+
+def write_manifest(path: Path, step: int) -> None:
+    """Seal a checkpoint's folder: the hash of every file in it, and of what the manifest says itself."""
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p != path / MANIFEST)
+    content: dict[str, Any] = {"step": step}
+    content["sha256"] = {p.relative_to(path).as_posix(): sha256(p) for p in files}
+    (path / MANIFEST).write_text(json.dumps(content | {"manifest": _seal(content)}, indent=2))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Raises CheckpointError when it is missing or damaged."""
+    try:
+        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if content.pop("manifest") == _seal(content):
+            return content
+        got = "another content than it was written with"
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        got = f"{type(error).__name__}: {error}"
+    raise CheckpointError(
+        f"checkpoint {path.name}: {MANIFEST} is damaged. got: {got}. expected: the file as it was written. "
+        "remedy: copy the checkpoint again, or use an older one."
+    )
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+
+
+def _deployed(model: VLA, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    frozen_text = "text.encoder." if model.config.text.frozen else "\0"
+    state = {n: t for n, t in model.state_dict().items() if not n.startswith(frozen_text)}
+    state |= {n: t for n, t in weights.items() if n in state}
+    return {n: t.detach().cpu().contiguous() for n, t in state.items()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first."""
+    return sorted(p for p in folder.glob("step_*") if (p / MANIFEST).is_file())
+
+
+def find(path: str | Path) -> Path:
+    """A checkpoint's folder, given itself, its parent, or a run's output (the newest one there).
+
+    Raises CheckpointError when there is none.
+    """
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return path
+    for folder in (path, path / "checkpoints"):
+        if found := checkpoints(folder):
+            return found[-1]
+    raise CheckpointError(
+        f"checkpoint: got {str(path)!r}, expected a folder with {MANIFEST}, or one with "
+        "checkpoints/step_* in it. remedy: train first (scripts/train.py), or correct the path."
+    )
+
+
+def verify(path: Path) -> dict[str, str]:
+    """Check every file against the manifest; returns the hashes. Raises CheckpointError.
+
+    safetensors alone would load a flipped bit without a word.
+    """
+    hashes: dict[str, str] = read_manifest(path)["sha256"]
+    for name, expected in hashes.items():
+        file = path / name
+        got = sha256(file) if file.is_file() else "no such file"
+        if got != expected:
+            raise CheckpointError(
+                f"checkpoint {path.name}: {name} is damaged. got: {got[:16]}. expected: sha256 {expected[:16]}…. "
+                "remedy: copy the checkpoint again, or use an older one."
+            )
+    return hashes
+
+
+def load_model(path: Path) -> tuple[VLA, Job, Statistics]:
+    """Rebuild the network with its averaged weights, on the CPU, from this folder alone."""
+    verify(path)
+    job, features = load_job(path), load_features(path)
+    statistics = Statistics.load(path / "statistics.json")
+    model = VLA(job.model, features, statistics, text_folder=path / "text")
+    wanted = {(n, tuple(t.shape)) for n, t in _deployed(model, {}).items()}
+    weights = load_file(path / "model.safetensors")
+    got = {(n, tuple(t.shape)) for n, t in weights.items()}
+    if wanted != got:
+        missing, extra = sorted(wanted - got)[:3], sorted(got - wanted)[:3]
+        raise CheckpointError(
+            f"checkpoint {path.name}: weights of another network. got: unknown {extra}, missing {missing}. "
+            "expected: the names and shapes of this version. remedy: load it with the version that wrote it."
+        )
+    model.load_state_dict(weights, strict=False)
+    return model.eval(), job, statistics
+
+
+def load_training(path: Path) -> tuple[int, dict[str, Tensor]]:
+    """The step and the state to resume from."""
+    verify(path)
+    return read_manifest(path)["step"], load_file(path / "training.safetensors")
+
+
+def load_job(path: Path) -> Job:
+    """The job that a checkpoint was trained by. Raises CheckpointError when this version cannot read it."""
+    try:
+        return load(Job, [], path=path / "config.yaml")
+    except SystemExit as error:
+        raise CheckpointError(
+            f"checkpoint {path.name}: config.yaml is of another version. got: {error}. expected: this version's "
+            "fields. remedy: load it with the version that wrote it, named in its first line."
+        ) from None
+
+
+def load_features(path: Path) -> Features:
+    sizes = json.loads((path / "features.json").read_text())
+    return Features(**(sizes | {"cameras": {k: tuple(v) for k, v in sizes["cameras"].items()}}))
+
+
+def require_features(path: Path, features: Features) -> None:
+    """Raise ValueError unless a dataset delivers what the checkpoint was trained on."""
+    load_features(path).require(features, f"The dataset to resume {path.name} with")
+
+
+def require_same(path: Path, job: Job) -> None:
+    """Raise ConfigError unless going on with `job` continues the training of a checkpoint.
+
+    Model, data, seed and what COURSE names must be the same. Other fields may differ; more
+    `steps` stretch the cosine of the learning rate.
+    """
+    before, now = _course(load_job(path)), _course(job)
+    changed = [name for name in now if now[name] != before[name]]
+    if changed:
+        raise ConfigError(
+            ", ".join(changed),
+            ", ".join(str(now[name]) for name in changed),
+            ", ".join(str(before[name]) for name in changed) + f" as in checkpoint {path.name}",
+            "resume with the same configuration, or choose another output",
+        )
+
+
+def _course(job: Job) -> dict[str, Any]:
+    train = {name: getattr(job.train, name) for name in COURSE}
+    data = dataclasses.asdict(job.data)
+    del data["root"], data["repo_id"]  # a dataset may move; its statistics tell whether it changed
+    parts = {"model": dataclasses.asdict(job.model), "data": data, "train": train}
+    return {"seed": job.seed} | _flat(parts)
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

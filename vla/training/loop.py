@@ -1,0 +1,116 @@
+"""The training loop: evaluate, save, step, log, in this order, in the open."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from vla.config import Job, require
+from vla.data.frames import FrameStore
+from vla.data.normalize import Statistics
+from vla.data.samples import Samples
+from vla.device import resolve_device
+from vla.model.vla import VLA, count_parameters
+from vla.training import checkpoint
+from vla.training.step import TrainStep, learning_rate
+from vla.training.track import Tracker
+
+# Called with a checkpoint and the step; returns numbers to log and videos to show.
+Evaluate = Callable[[Path, int], tuple[dict[str, float], list[Path]]]
+
+
+def train(job: Job, store: FrameStore, resume: bool = False, evaluate: Evaluate | None = None) -> Path:
+    """Train a policy on a frame store and return its last checkpoint.
+
+    resume: go on from the newest checkpoint in <output>/checkpoints, bit for bit on the CPU, with
+    the statistics it was trained with. A finished run returns its checkpoint and does nothing else.
+    Raises ConfigError when there are checkpoints and resume is False, or when they are of a job
+    that trains otherwise (`checkpoint.require_same`); FloatingPointError when the loss or the
+    weights are no longer finite (the last good checkpoint is named).
+    """
+    config, folder = job.train, Path(job.output) / "checkpoints"
+    older = checkpoint.checkpoints(folder)
+    require(
+        resume or not older, "output", job.output, "a folder without checkpoints",
+        "go on with --resume, or choose another output",
+    )  # fmt: skip
+    path = older[-1] if older else None
+    first, state = checkpoint.load_training(path) if path else (0, {})
+    if path:
+        checkpoint.require_same(path, job)
+        require(
+            Statistics.load(path / "statistics.json") == store.statistics(), "data.root", str(job.dataset_root),
+            f"the dataset that checkpoint {path.name} was trained on",
+            "bring that dataset back, or choose another output",
+        )  # fmt: skip
+        if first >= config.steps:
+            return path
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(job.seed)
+    device = resolve_device(config.device)
+    statistics = Statistics.load(path / "statistics.json") if path else store.statistics()
+    model = VLA(job.model, store.features, statistics).to(device)
+    samples = Samples(store, job.model.chunk_size, job.model.n_obs_steps, device, job.data.start_share)
+    make_step = TrainStep(model, samples, job, store.tasks)
+    if path:
+        checkpoint.require_features(path, store.features)
+        make_step.load_state(state)
+    print(
+        f"train: {count_parameters(model) / 1e6:.1f} M trainable parameters, {len(store):,} frames of "
+        f"{store.n_episodes:,} episodes, {len(store.tasks)} instructions, {device}, from step {first}"
+    )
+
+    def save(step: int) -> Path:
+        if not make_step.finite():
+            raise diverged("weights that are not finite", step, path)
+        weights = make_step.average.weights if config.ema_decay else {}
+        return checkpoint.save(
+            folder, step, job, model, statistics, weights, make_step.state(), config.keep
+        )  # fmt: skip
+
+    model.train()
+    with (
+        closing(Tracker(job, first)) as tracker,
+        tqdm(total=config.steps, initial=first, desc="train", unit="step", dynamic_ncols=True) as bar,
+    ):
+        marked, mark = time.monotonic(), first
+        for step in range(first, config.steps):
+            if evaluate and config.evaluate_every and step > first and step % config.evaluate_every == 0:
+                path = save(step)
+                with torch.random.fork_rng(
+                    [device] if device.type == "cuda" else []
+                ):  # as if it were not there
+                    numbers, videos = evaluate(path, step)
+                tracker.log(step, **numbers)
+                tracker.log_videos(step, videos)
+                marked, mark = time.monotonic(), step
+            elif step > first and step % config.save_every == 0:
+                path = save(step)
+
+            metrics = make_step(step)
+
+            if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+                numbers = {name: value.item() for name, value in metrics.items()}
+                if not math.isfinite(numbers["loss"]):
+                    raise diverged(f"loss {numbers['loss']}", step + 1, path)
+                now = time.monotonic()
+                rate = (step + 1 - mark) * config.batch_size / (now - marked)
+                marked, mark = now, step + 1
+                tracker.log(step + 1, **numbers, lr=learning_rate(step, config), samples_per_s=rate)
+                bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {rate:,.0f} samples/s", refresh=False)
+                bar.update(step + 1 - bar.n)
+        return save(config.steps)
+
+
+def diverged(got: str, step: int, path: Path | None) -> FloatingPointError:
+    return FloatingPointError(
+        f"got {got} at step {step}, expected finite numbers. remedy: lower train.lr or train.grad_clip; "
+        f"last good checkpoint: {path or 'none yet'}."
+    )
