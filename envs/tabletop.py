@@ -82,6 +82,15 @@ class Tabletop(gym.Env[dict[str, Any], np.ndarray]):
                 f"split: got {self.split!r} with skills {list(self.skills)}, expected one of the skills "
                 f"{list(able)} that this split is about. remedy: add one of them or choose another split."
             )
+        for name, value, good in (
+            ("pixels", pixels, pixels > 0),
+            ("render_pixels", render_pixels, render_pixels > 0),
+            ("max_steps", max_steps, max_steps is None or max_steps > 0),
+            ("row", row, row is None or 0 <= row <= 0.03),
+        ):
+            if not good:
+                expected = "0 to 0.03 metres" if name == "row" else "a positive number"
+                raise ValueError(f"{name}: got {value!r}, expected {expected}. remedy: correct {name}.")
         self.max_steps, self.row, self.commanded = max_steps, row, commanded
         self.pixels, self.render_pixels, self.render_mode = int(pixels), int(render_pixels), render_mode
         self.images_enabled = True
@@ -175,7 +184,7 @@ class Tabletop(gym.Env[dict[str, Any], np.ndarray]):
             self.world.place(scene)
             askable = self._askable(scene, skill)
             goals = [g for g in askable if splits.belongs(self.split, tasks.split_kind(scene, g))]
-            if not goals or len({g.target for g in askable}) < 2:
+            if not goals or len({g.target for g in askable}) < self._candidates(skill):
                 continue
             self._goals = [goals[rng.integers(len(goals))]]
             if self.split != "L4":
@@ -200,6 +209,10 @@ class Tabletop(gym.Env[dict[str, Any], np.ndarray]):
         """Feasible goals without those of other splits: the instruction and its alternatives."""
         goals = [g for g in tasks.all_goals(scene, skill) if feasible(scene, g)]
         return [g for g in goals if tasks.split_kind(scene, g) in ("train", self.split)]
+
+    def _candidates(self, skill: str) -> int:
+        """How many things must be askable: a held-out colour among three buttons would leave two."""
+        return 3 if SKILLS[skill].scene == "buttons" and self.split != "L3" else 2
 
     def feasible_goals(self, skill: str) -> list[Goal]:
         """Privileged: the goals of a skill that the expert can reach in this scene."""

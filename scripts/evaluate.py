@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vla.config import ConfigError, Job, load
-from vla.evaluation import EnvironmentCrash, Evaluation, evaluate
+from vla.config import Job, load
+from vla.evaluation import Evaluation, evaluate
 from vla.evaluation.report import percent, write_report
 
 
@@ -82,5 +82,7 @@ def from_command_line(argv: list[str]) -> tuple[Job, Path | None]:
 if __name__ == "__main__":
     try:
         main(*from_command_line(sys.argv[1:]))
-    except (ConfigError, EnvironmentCrash, ValueError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # ConfigError and EnvironmentCrash among them
         sys.exit(f"evaluate: {error}")
+    except KeyboardInterrupt:
+        sys.exit("evaluate: interrupted. Nothing was saved; the same command begins again.")

@@ -139,6 +139,21 @@ def test_store_of_some_cameras(tmp_path: Path) -> None:
     assert (root / "frames" / "store.json").stat().st_mtime_ns == stamp
 
 
+def test_a_store_keeps_the_cameras_it_has(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path, make_episodes())
+    first = FrameStore.open_or_build(root, cameras=["front"])
+    assert list(FrameStore.open_or_build(root, cameras=["wrist"]).images) == ["wrist"]
+    again = FrameStore.open(root / "frames")
+    assert list(again.images) == ["front", "wrist"]
+    np.testing.assert_array_equal(first.images["front"], again.images["front"])
+
+
+def test_a_picture_may_be_described_channels_first(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path, make_episodes())
+    edit(root, lambda info: info["features"]["observation.images.wrist"].update(shape=[3, 8, 10]))
+    assert FrameStore.open_or_build(root).features.cameras["wrist"] == (8, 10)
+
+
 def test_a_killed_build_leaves_nothing_that_counts(tmp_path: Path) -> None:
     root = write_dataset(tmp_path, make_episodes())
     (root / "frames.tmp").mkdir()
@@ -161,9 +176,25 @@ def poison(episodes: list[Episode]) -> list[Episode]:
         (lambda root: edit(root, lambda info: info.update(total_frames=99)), ["16 rows", "99"]),
         (lambda root: edit(root, lambda info: info.update(total_frames=0)), ["empty"]),
         (lambda root: edit(root, without_cameras), ["no camera", "observation.images."]),
+        (lambda root: edit(root, lambda info: info.pop("features")), ["damaged", "0 features", "remedy"]),
+        (lambda root: edit(root, lambda info: info.pop("fps")), ["damaged", "fps None", "remedy"]),
+        (lambda root: edit(root, lambda info: info["features"][ACTION].pop("dtype")), ["['action'] without"]),
+        (lambda root: edit(root, resized), ["'front'", "(6, 6, 3) at frame 0", "(6, 9, 3)", "remedy"]),
         (lambda root: edit(root, as_videos), ["videos/observation.images.front", "remedy"]),
     ],
-    ids=["nan", "no state", "version", "truncated", "empty", "no camera", "no video columns"],
+    ids=[
+        "nan",
+        "no state",
+        "version",
+        "truncated",
+        "empty",
+        "no camera",
+        "no features",
+        "no fps",
+        "no dtype",
+        "size",
+        "no video columns",
+    ],
 )
 def test_what_training_could_not_use_is_said(
     tmp_path: Path, spoil: Callable[[Path], Any], words: list[str]
@@ -186,6 +217,10 @@ def edit(root: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 def without_cameras(info: dict[str, Any]) -> None:
     info["features"] = {key: value for key, value in info["features"].items() if "images" not in key}
+
+
+def resized(info: dict[str, Any]) -> None:
+    info["features"]["observation.images.front"]["shape"] = [6, 9, 3]
 
 
 def as_videos(info: dict[str, Any]) -> None:
@@ -250,6 +285,20 @@ def test_draw_is_uniform_and_repeats() -> None:
     counts = torch.bincount(drawn, minlength=len(samples))
     assert len(counts) == len(samples) == sum(LENGTHS)
     assert (counts - 1000).abs().max() < 150  # 5 standard deviations of a binomial draw
+
+
+@pytest.mark.parametrize(("share", "batch_size"), [(0.0, 8), (0.25, 8), (1.0, 5)])
+def test_a_share_of_samples_begins_episodes(share: float, batch_size: int) -> None:
+    store = make_store()
+    samples, generator = Samples(store, 2, start_share=share), torch.Generator().manual_seed(0)
+    begins = np.flatnonzero(np.arange(len(store)) - store.first < 3)
+    assert samples.starts.tolist() == begins.tolist()
+    assert len(begins) == 3 + 3 + 1 + 3  # of episodes with 3, 7, 1 and 5 frames
+    drawn = torch.stack([samples.draw(batch_size, generator) for _ in range(2000)])
+    assert drawn.shape == (2000, batch_size)
+    n = round(share * batch_size)
+    assert set(drawn[:, :n].flatten().tolist()) == (set(begins.tolist()) if n else set())
+    assert set(drawn[:, n:].flatten().tolist()) == (set(range(len(store))) if n < batch_size else set())
 
 
 def test_samples_of_a_mapped_store_do_not_warn(tmp_path: Path) -> None:

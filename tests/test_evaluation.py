@@ -38,8 +38,9 @@ class Line(gym.Env):
     )  # fmt: skip
     action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
 
-    def __init__(self, fail: str = "", render_mode: str | None = None) -> None:
+    def __init__(self, fail: str = "", render_mode: str | None = None, fps: int = 10) -> None:
         self.fail, self.render_mode, self.images_enabled = fail, render_mode, True
+        self.metadata = {"render_fps": fps}
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         super().reset(seed=seed)
@@ -61,6 +62,8 @@ class Line(gym.Env):
             "observation.images.eye": np.full((8, 10, 3), self.pictures, np.uint8),
             "observation.state": np.array([self.position, self.pictures, self.steps], np.float32),
         }
+        if self.fail == "float":
+            observation["observation.images.eye"] = np.full((8, 10, 3), 0.5, np.float32)
         if self.fail == "mute":
             return observation, {}
         task = "go right" if self.position < 0.5 else "go on"
@@ -145,7 +148,11 @@ def test_an_unknown_environment_is_refused(env_id):
 
 @pytest.mark.parametrize(
     ("policy", "fail", "says"),
-    [(None, "", r"expected: a method expert_action"), (LinePolicy(), "mute", r"got: info with \[\]")],
+    [
+        (None, "", r"expected: a method expert_action"),
+        (LinePolicy(), "mute", r"got: info with \[\]"),
+        (LinePolicy(), "float", r"images.eye'\] of shape \(8, 10, 3\), float32. expected: .*uint8"),
+    ],
 )
 def test_an_environment_that_does_not_follow_the_protocol_is_refused(policy, fail, says):
     with pytest.raises(ValueError, match=says + ".*remedy"):
@@ -153,8 +160,42 @@ def test_an_environment_that_does_not_follow_the_protocol_is_refused(policy, fai
 
 
 def test_an_environment_that_does_not_fit_the_policy_is_refused():
-    with pytest.raises(ValueError, match=r"cameras. got: \['front', 'wrist'\]. expected: \['front'\]"):
-        evaluate(ToyPolicy(), job(replace(TOY, kwargs={"cameras": ["front", "wrist"]})), progress=False)
+    with pytest.raises(ValueError, match=r"cameras. got: \['wrist'\]. expected: \['front'\]"):
+        evaluate(ToyPolicy(), job(replace(TOY, kwargs={"cameras": ["wrist"]})), progress=False)
+
+
+def test_an_environment_may_show_more_cameras_than_the_policy_wants():
+    class Strict(ToyPolicy):
+        def predict_chunk(self, images, state, tasks):
+            assert list(images) == ["front"]
+            return super().predict_chunk(images, state, tasks)
+
+    settings = job(replace(TOY, kwargs={"cameras": ["above", "front", "wrist"]}), controls=False)
+    assert evaluate(Strict(), settings, progress=False).success_rate == 1
+
+
+@pytest.mark.parametrize(("fps", "says"), [(20, "fps. got: 20. expected: 10"), (0, "control rate")])
+def test_an_environment_at_another_rate_is_refused(fps, says):
+    with pytest.raises(ValueError, match=says + ".*remedy"):
+        evaluate(LinePolicy(), job(replace(LINE, kwargs={"fps": fps})), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "says"),
+    [
+        ({"phrasng": 1}, r"Split 'last': .*does not take.*'phrasng'.*remedy"),
+        ({"pixels": 16}, r"Split 'last' does not fit.*\(16, 16\).*\(32, 32\).*remedy"),
+        ({"cameras": []}, r"Split 'last': .*spaces do not fit.*remedy"),
+    ],
+)
+def test_a_mistake_in_the_last_split_shows_before_the_first_is_played(kwargs, says):
+    class Never(ToyPolicy):
+        def predict_chunk(self, images, state, tasks):
+            raise AssertionError("something was played")
+
+    settings = job(splits={"first": {}, "other": {"phrasing": 1}, "last": kwargs}, workers=2)
+    with pytest.raises(ValueError, match=f"(?s){says}"):
+        evaluate(Never(), settings, progress=False)
 
 
 class Gossip(ToyPolicy):
@@ -253,10 +294,41 @@ def test_films_show_the_episode(tmp_path):
             assert (np.abs(pictures[0].astype(int) - rgb).max(-1) < 40).any()
 
 
+def test_only_films_of_the_evaluation_before_are_removed(tmp_path):
+    settings = job(output=tmp_path, videos=2, controls=False, episodes=3)
+    evaluate(ToyPolicy(), settings, progress=False).save(tmp_path)
+    (tmp_path / "videos" / "mine.mp4").write_bytes(b"")
+    wrong = replace(settings, env=replace(TOY, kwargs={"cameras": ["wrist"]}))
+    with pytest.raises(ValueError, match="does not fit"):
+        evaluate(ToyPolicy(), wrong, progress=False)
+    assert len(list((tmp_path / "videos").glob("*.mp4"))) == 3
+    again = replace(settings, evaluate=replace(settings.evaluate, videos=1))
+    evaluate(ToyPolicy(), again, progress=False)
+    films = sorted(path.name for path in (tmp_path / "videos").glob("*.mp4"))
+    assert films == ["default-0000-standard.mp4", "mine.mp4"]
+
+
 def test_films_of_an_environment_without_a_renderer(tmp_path):
     settings = job(LINE, tmp_path, videos=1, controls=False, episodes=2)
     evaluation = evaluate(LinePolicy(), settings, progress=False)
     assert (tmp_path / evaluation.rows[0].video).stat().st_size > 500
+
+
+BAD_SPACES = {
+    "flat picture": ("observation.images.eye", gym.spaces.Box(0, 255, (8, 10), np.uint8)),
+    "four channels": ("observation.images.eye", gym.spaces.Box(0, 255, (8, 10, 4), np.uint8)),
+    "float picture": ("observation.images.eye", gym.spaces.Box(0, 1, (8, 10, 3), np.float32)),
+    "square state": ("observation.state", gym.spaces.Box(-1, 1, (3, 3), np.float32)),
+    "scalar state": ("observation.state", gym.spaces.Box(-1, 1, (), np.float32)),
+    "discrete state": ("observation.state", gym.spaces.Discrete(3)),
+}
+
+
+@pytest.mark.parametrize(("key", "space"), BAD_SPACES.values(), ids=BAD_SPACES.keys())
+def test_spaces_no_policy_knows_are_refused(key, space):
+    spaces = gym.spaces.Dict({**Line.observation_space.spaces, key: space})
+    with pytest.raises(ValueError, match=r"(?s)spaces do not fit. got: .*expected: .*remedy"):
+        Features.of_spaces(spaces, Line.action_space, 10)
 
 
 def test_wilson_known_values():

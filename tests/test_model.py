@@ -62,9 +62,9 @@ def observe(model: VLA, batch: Batch) -> Observation:
     return Observation(batch.images, batch.state, features_of(model, batch))
 
 
-@pytest.fixture(scope="module")
-def model() -> VLA:
-    return build().eval()
+@pytest.fixture(scope="module", params=["film", "none"])
+def model(request: pytest.FixtureRequest) -> VLA:
+    return build(image=ImageConfig(pixels=32, patch=8, conditioning=request.param)).eval()
 
 
 @pytest.mark.parametrize("cameras", [1, 2])
@@ -93,6 +93,7 @@ VARIANTS = [
     {"norm": "post", "activation": "relu", "positions": "sinusoidal"},
     {"activation": "swiglu", "dropout": 0.1, "n_obs_steps": 2},
     {"image": ImageConfig(pixels=32, patch=8, stem="patch"), "text": TextConfig(frozen=False)},
+    {"image": ImageConfig(pixels=32, patch=8, conditioning="none")},
     {"image": ImageConfig("vit_tiny_patch16_224", pixels=32, frozen=True)},
     {"image": ImageConfig("swin_tiny_patch4_window7_224", pixels=64)},
 ]
@@ -267,9 +268,10 @@ class Exported(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_obs_steps", [1, 2])
-def test_prediction_can_be_exported(n_obs_steps: int) -> None:
-    model = build(2, n_obs_steps=n_obs_steps).eval()
+@pytest.mark.parametrize(("n_obs_steps", "conditioning"), [(1, "film"), (2, "film"), (1, "none")])
+def test_prediction_can_be_exported(n_obs_steps: int, conditioning: str) -> None:
+    image = ImageConfig(pixels=32, patch=8, conditioning=conditioning)
+    model = build(2, n_obs_steps=n_obs_steps, image=image).eval()
     batch = draw_batch(model)
     seen = observe(model, batch)
     inputs = (

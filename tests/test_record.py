@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,15 @@ class NoExpert(ToyEnv):
     expert_action = None  # type: ignore[assignment]
 
 
-for _class in (DieAtBirth, NoExpert):
+class Unbounded(ToyEnv):
+    """Its actions have no limits."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.action_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+
+
+for _class in (DieAtBirth, NoExpert, Unbounded):
     if f"{_class.__name__}-v0" not in gym.registry:
         gym.register(f"{_class.__name__}-v0", entry_point=_class, max_episode_steps=30)
 
@@ -79,6 +89,19 @@ def test_noise_is_spread_evenly(share: float, expected: int) -> None:
     assert sum(noisy) == expected
     assert sum(noisy[:50]) == expected // 2
     assert not any(carries_noise(RecordConfig(noise=0.0, noise_episodes=1.0), i) for i in range(10))
+
+
+def test_instructions_of_a_scene_share_its_seed_and_no_other_attempt_does() -> None:
+    record = RecordConfig(episodes=30, seed=3, instructions_per_scene=3)
+    first = [attempt_seed(record, i, 0) for i in range(30)]
+    assert first == [3 + i // 3 for i in range(30)]
+    retries = [attempt_seed(record, i, a) for i in range(30) for a in range(1, ATTEMPTS)]
+    assert len(set(retries) | set(first)) == len(retries) + 10
+    told = [(seed, i % 3) for i, seed in enumerate(first)]
+    assert len(set(told)) == 30
+    noisy = [carries_noise(record, i) for i in range(30)]
+    assert noisy == [noisy[3 * (i // 3)] for i in range(30)]  # a scene's episodes are of one kind
+    assert sum(noisy) == 15
 
 
 def test_shards_hold_every_episode_once() -> None:
@@ -133,6 +156,70 @@ def test_tail_steps_follow_the_first_success(tail_steps: int) -> None:
     assert len(frames) == len(plain) + tail_steps
 
 
+class Watched(ToyEnv):
+    """Remembers whether each step drew its image."""
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        self.drawn: list[bool] = []
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action: np.ndarray) -> Any:
+        self.drawn.append(self.images_enabled)
+        return super().step(action)
+
+
+def test_a_lead_in_moves_the_hand_and_is_not_recorded() -> None:
+    env, led = Watched(), []
+    for seed in range(8):
+        start = env.reset(seed=seed)[0][STATE]
+        plain, _ = demonstrate(env, seed, noise=0.0, tail_steps=0)
+        frames, steps = demonstrate(env, seed, noise=0.0, tail_steps=0, lead_in=4)
+        again, _ = demonstrate(env, seed, noise=0.0, tail_steps=0, lead_in=4)
+        assert plain is not None
+        assert frames is not None
+        assert again is not None
+        np.testing.assert_array_equal([f[STATE] for f in frames], [f[STATE] for f in again])
+        np.testing.assert_array_equal(plain[0][STATE], start)
+        led.append(steps - len(frames))
+        assert (led[-1] == 0) == np.array_equal(frames[0][STATE], start)
+        assert env.drawn == [False] * (led[-1] - 1) + [True] * (steps - max(0, led[-1] - 1))
+        assert frames[0][TASK] == plain[0][TASK]
+        env.position = frames[0][STATE].astype(np.float64)  # the first image is of where the lead-in ended
+        np.testing.assert_array_equal(frames[0]["observation.images.front"], env._draw(env.pixels))
+    assert set(led) <= set(range(5))
+    assert len(set(led)) >= 3
+
+
+def test_a_lead_in_that_ends_the_episode_is_a_failed_attempt() -> None:
+    class Fragile(Watched):
+        def step(self, action: np.ndarray) -> Any:
+            result = super().step(action)
+            return (*result[:2], True, False, result[4])
+
+    env, results = Fragile(), []
+    for seed in range(6):
+        results.append(demonstrate(env, seed, noise=0.0, tail_steps=0, lead_in=3))
+        assert env.images_enabled
+    assert {frames is None for frames, _ in results} == {True}
+    assert {steps for _, steps in results} == {1}
+
+
+def test_a_scene_is_shown_under_each_of_its_instructions() -> None:
+    env, _ = make_environment(TOY)
+    record = RecordConfig(noise=0.0, instructions_per_scene=3)
+    episodes = [record_episode(env, TOY, record, index) for index in range(6)]
+    for scene in (0, 1):
+        shown = episodes[3 * scene : 3 * scene + 3]
+        _, info = env.reset(seed=scene)
+        assert [frames[0][TASK] for frames, _ in shown] == [info["task"], *info["alternatives"]]
+        for frames, recorded in shown:
+            assert recorded.seed == scene
+            for key in ("observation.images.front", STATE):
+                np.testing.assert_array_equal(frames[0][key], shown[0][0][0][key])
+        directions = np.stack([frames[0][ACTION] for frames, _ in shown])
+        assert len(np.unique(directions.round(3), axis=0)) == 3
+
+
 def test_a_failed_attempt_is_repeated_with_the_next_seed() -> None:
     class Unlucky(ToyEnv):
         def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
@@ -167,6 +254,18 @@ def test_an_expert_that_never_succeeds_is_given_up() -> None:
 def test_environments_that_cannot_demonstrate() -> None:
     with pytest.raises(ValueError, match=r"expert_action.*remedy"):
         make_environment(EnvConfig("test_record:NoExpert-v0"))
+    with pytest.raises(ValueError, match=r"'module:Id-v0'.*remedy"):
+        make_environment(EnvConfig("toy_env:Nothing-v0"))
+    with pytest.raises(ValueError, match=r"'pixls': 8.*remedy"):
+        make_environment(EnvConfig(TOY.id, {"pixls": 8}))
+
+
+def test_unbounded_actions_are_fine_without_a_lead_in() -> None:
+    unbounded = EnvConfig("test_record:Unbounded-v0")
+    with pytest.raises(ValueError, match=r"got: .*inf.*record\.lead_in=3.*remedy"):
+        make_environment(unbounded, lead_in=3)
+    frames, _ = demonstrate(make_environment(unbounded)[0], seed=5, noise=0.1, tail_steps=0)
+    assert frames is not None
 
 
 # What is refused before any work
@@ -188,6 +287,24 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
         record_demonstrations(root, TOY, RecordConfig(episodes=8))
     with pytest.raises(ValueError, match=r"kwargs=\{\}.*'pixels': 16.*remedy"):
         record_demonstrations(root, EnvConfig(TOY.id, {"pixels": 16}), record)
+
+
+def test_a_recording_that_finished_while_the_lock_was_awaited_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, record = tmp_path / "dataset", RecordConfig(episodes=7)
+    done = Recording(content(TOY, record), 70, 7, 1.0, 70, 1.0, 1.0, 70.0, [])
+
+    @contextlib.contextmanager
+    def late(parts: Path) -> Iterator[None]:
+        with alone(parts):
+            (root / SUMMARY).parent.mkdir(parents=True)
+            (root / SUMMARY).write_text(json.dumps(vars(done)))
+            yield
+
+    monkeypatch.setattr("vla.data.record.alone", late)
+    assert record_demonstrations(root, TOY, record) == done
+    assert not (tmp_path / "dataset.parts").exists()
 
 
 def test_parts_of_another_configuration_and_of_another_recorder(tmp_path: Path) -> None:

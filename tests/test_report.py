@@ -195,6 +195,15 @@ def test_script_without_a_checkpoint_says_so(tmp_path, arguments, says):
     assert "Traceback" not in done.stderr
 
 
+def test_script_says_in_one_line_what_it_cannot_write(tmp_path):
+    config = EvaluateConfig(episodes=1, slots=1, workers=1, videos=0, controls=False)
+    (tmp_path / "job.yaml").write_text(dump(Job(env=EnvConfig("toy_env:Toy-v0"), evaluate=config)))
+    done = script("--expert", "job.yaml", "--output=job.yaml", folder=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("evaluate: ")
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_script_evaluates_a_checkpoint(tmp_path):
     """An untrained network goes the whole way, with its own job changed from the command line."""

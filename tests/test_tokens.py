@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from toy_run import text_folder
 from transformers import BertModel
 
 from vla.config import ConfigError, ImageConfig, ModelConfig, TextConfig
@@ -191,6 +192,16 @@ def test_tokens_are_padded_to_a_multiple_of_eight(text: TextTokens) -> None:
     assert words.x.shape == words.pad.shape == (3, 16)
     assert (~words.pad).sum(dim=1).tolist() == [6, 2, 12]  # with [CLS] and [SEP]
     assert text.tokenizer.decode(words.x[0, 1:5]) == INSTRUCTIONS[0]
+
+
+def test_an_instruction_of_no_tokens_becomes_one_that_ends_it() -> None:
+    text = TextTokens(TextConfig(encoder=text_folder()))  # like GPT-2's, its tokenizer adds nothing
+    words = text.tokenize(["", "go to the red target"])
+    assert (~words.pad).sum(1).tolist() == [1, 5]
+    assert words.x[0, 0] == text.tokenizer.pad_token_id  # it has no token for the end
+    assert text.encode(words).x.isfinite().all()
+    text.tokenizer.eos_token = "reach"
+    assert text.tokenize([""]).x[0, 0] == text.tokenizer.convert_tokens_to_ids("reach")
 
 
 def test_a_long_instruction_is_never_cut(text: TextTokens) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from vla.config import EnvConfig, RecordConfig
+from vla.environment import make_env
 from vla.observation import ACTION, IMAGES, IS_SUCCESS, STATE, TASK, Features, camera_keys
 
 ATTEMPTS = 20  # per episode; an expert that fails more often is broken
@@ -75,24 +76,26 @@ def shard_episodes(record: RecordConfig, shard: int) -> range:
     return range(start, min(start + record.shard_episodes, record.episodes))
 
 
-def make_environment(config: EnvConfig) -> tuple[Any, Features]:
-    """The environment and its sizes. Raises ValueError when it cannot demonstrate."""
-    import gymnasium
+def make_environment(config: EnvConfig, lead_in: int = 0) -> tuple[Any, Features]:
+    """The environment and its sizes. Raises ValueError when it cannot demonstrate.
 
-    env = gymnasium.make(config.id, disable_env_checker=True, **config.kwargs)
+    lead_in: as `demonstrate` takes it; random actions need bounds to be drawn from.
+    """
+    env, features = make_env(config.id, config.kwargs)
     if not callable(getattr(env.unwrapped, "expert_action", None)):
         raise ValueError(
             f"{config.id} has no expert. got: no method expert_action(). "
             "expected: env.unwrapped.expert_action() -> (A,) float32. "
             "remedy: add it, or record the data another way."
         )
-    fps = env.metadata.get("render_fps")
-    if not fps:
+    bounds: Any = env.action_space
+    if lead_in and not np.isfinite([bounds.low, bounds.high]).all():
         raise ValueError(
-            f"{config.id} does not say its control rate. got: metadata {env.metadata}. "
-            "expected: metadata['render_fps']. remedy: set it on the environment's class."
+            f"{config.id} does not bound its actions, which random motion needs. got: {bounds} with "
+            f"record.lead_in={lead_in}. expected: a Box with finite bounds. "
+            "remedy: set record.lead_in=0, or bound the action space in a wrapper."
         )
-    return env, Features.of_spaces(env.observation_space, env.action_space, int(fps))
+    return env, features
 
 
 def demonstrate(
@@ -115,7 +118,7 @@ def demonstrate(
     if (task := choices[instruction % len(choices)]) is not None:
         observation, info = env.reset(seed=seed, options={TASK: task})
     led = int(rng.integers(lead_in + 1))
-    action = rng.uniform(low, high).astype(np.float32)
+    action = np.zeros_like(low)
     for step in range(led):
         if step % LEAD_IN_HELD == 0:
             action = rng.uniform(low, high).astype(np.float32)
@@ -253,7 +256,9 @@ def work(config: EnvConfig, record: RecordConfig, parts: Path, log: Path, orders
     silence(log)
     env = None
     try:
-        env, features = make_environment(config)  # first: it may fail, and importing lerobot takes long
+        env, features = make_environment(
+            config, record.lead_in
+        )  # first: it may fail, and importing lerobot takes long
         importlib.import_module("datasets").disable_progress_bars()
         while (order := orders.recv()) is not None:
             if isinstance(order, int):

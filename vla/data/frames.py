@@ -135,9 +135,10 @@ class FrameStore:
         folder = root / FOLDER
         with open(root / f"{FOLDER}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one builder at a time; released when its process ends
-            if not is_current(folder, dataset, names):
-                build(dataset, names, folder)
-        return cls.open(folder, names)
+            stored = stored_cameras(folder, dataset)
+            if not set(names) <= set(stored):
+                build(dataset, sorted({*names, *stored}), folder)  # whoever uses the others keeps them
+            return cls.open(folder, names)  # before another builder may replace it
 
     @classmethod
     def open(cls, folder: str | Path, cameras: Iterable[str] = ()) -> FrameStore:
@@ -165,15 +166,13 @@ def spans(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return np.repeat(starts, lengths), np.repeat(starts + lengths - 1, lengths)
 
 
-def is_current(folder: Path, dataset: DatasetFolder, cameras: list[str]) -> bool:
+def stored_cameras(folder: Path, dataset: DatasetFolder) -> list[str]:
+    """The cameras of the store in `folder`; none when it is missing or of another state of the dataset."""
     if not (folder / INDEX).is_file():
-        return False
+        return []
     index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    return (
-        index["version"] == VERSION
-        and index["fingerprint"] == dataset.fingerprint()
-        and set(cameras) <= set(index["cameras"])
-    )
+    current = index["version"] == VERSION and index["fingerprint"] == dataset.fingerprint()
+    return index["cameras"] if current else []
 
 
 def build(dataset: DatasetFolder, cameras: list[str], folder: Path) -> None:

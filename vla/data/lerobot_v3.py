@@ -22,6 +22,7 @@ from vla.data.normalize import require_finite
 from vla.observation import ACTION, IMAGES, STATE
 
 CODEBASE_VERSION = "v3."
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"  # lerobot's default
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,13 @@ class DatasetFolder:
             raise error(
                 f"The dataset in {root} has another format.", version, "codebase_version v3.x",
                 "convert it with lerobot's convert_dataset_v21_to_v30",
+            )  # fmt: skip
+        features, fps = dataset.info.get("features") or {}, dataset.info.get("fps")
+        unsound = [key for key, feature in features.items() if not {"dtype", "shape"} <= set(feature)]
+        if not features or unsound or not isinstance(fps, int | float) or fps <= 0:
+            raise error(
+                f"{path} is damaged.", f"fps {fps}, {len(features)} features, {unsound} without dtype or shape",
+                "fps and features, each with dtype and shape", "copy or record the dataset again",
             )  # fmt: skip
         for key in (STATE, ACTION):
             shape = dataset.info["features"].get(key, {}).get("shape")
@@ -198,7 +206,10 @@ class DatasetFolder:
         )
 
     def decode(self, cameras: list[str], targets: dict[str, Path]) -> None:
-        """Write every frame of the cameras to one .npy each, (N, h, w, 3) uint8."""
+        """Write every frame of the cameras to one .npy each, (N, h, w, 3) uint8.
+
+        Raises ValueError for a missing video, and for a frame of another size than info.json says.
+        """
         n = self.info["total_frames"]
         videos = {name for name in cameras if self.info["features"][self.cameras[name]]["dtype"] == "video"}
         for name in videos:
@@ -210,14 +221,22 @@ class DatasetFolder:
         with tqdm(total=n * len(cameras), desc="frames", unit="frame", unit_scale=True) as bar:
             for name in cameras:
                 key = self.cameras[name]
-                out = np.empty(0)
+                shape = self._picture_shape(key)
+                out = np.lib.format.open_memmap(targets[name], mode="w+", dtype=np.uint8, shape=(n, *shape))
                 for row, image in self._video(key) if name in videos else self._images(key):
-                    if not len(out):
-                        shape = (n, *image.shape)
-                        out = np.lib.format.open_memmap(targets[name], mode="w+", dtype=np.uint8, shape=shape)
+                    if image.shape != shape:
+                        raise error(
+                            f"Camera '{name}' of {self.root} changes its size.", f"{image.shape} at frame {row}",
+                            f"{shape}, as meta/info.json says", "record the dataset again, or correct meta/info.json",
+                        )  # fmt: skip
                     out[row] = image
                     bar.update()
                 del out  # writes the map to disk
+
+    def _picture_shape(self, key: str) -> tuple[int, ...]:
+        """(h, w, 3) of a camera's frames; info.json may put the channels first."""
+        shape = tuple(self.info["features"][key]["shape"])
+        return (*shape[1:], 3) if len(shape) == 3 and shape[0] == 3 and shape[2] != 3 else shape
 
     def _images(self, key: str) -> Iterator[tuple[int, np.ndarray]]:
         """Every frame of a camera stored as images: row, (h, w, 3) uint8."""
@@ -237,7 +256,8 @@ class DatasetFolder:
         """The video files of a camera, each with the positions of its episodes."""
         files = np.stack([self.episodes[f"videos/{key}/{part}_index"] for part in ("chunk", "file")], axis=1)
         for chunk, file in np.unique(files, axis=0):
-            path = self.info["video_path"].format(video_key=key, chunk_index=chunk, file_index=file)
+            path = self.info.get("video_path") or VIDEO_PATH
+            path = path.format(video_key=key, chunk_index=chunk, file_index=file)
             yield self.root / path, np.flatnonzero((files == (chunk, file)).all(axis=1))
 
     def _video(self, key: str) -> Iterator[tuple[int, np.ndarray]]:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from vla.config import EnvConfig, RecordConfig, require
 from vla.data.demonstrate import RETRIES, Failed, Recorded, shard_episodes, work
+from vla.system import cores
 
 SUMMARY = Path("meta") / "recording.json"
 # Processes share the cores, so each gets one; libraries read these when they are imported.
@@ -74,6 +75,15 @@ def record_demonstrations(root: Path, env: EnvConfig, record: RecordConfig) -> R
     )  # fmt: skip
     wanted = content(env, record)
     parts = root.with_name(root.name + ".parts")
+    if done := finished(root, parts, wanted):
+        return done
+    parts.mkdir(parents=True, exist_ok=True)
+    with alone(parts):  # another recorder may have finished before the lock was ours
+        return finished(root, parts, wanted) or record_parts(root, parts, env, record, wanted)
+
+
+def finished(root: Path, parts: Path, wanted: dict[str, Any]) -> Recording | None:
+    """The recording in `root`, or None when nothing is there. Raises ValueError when something else is."""
     if (root / SUMMARY).is_file():
         done = Recording.load(root)
         require_same(done.content, wanted, root)
@@ -84,9 +94,7 @@ def record_demonstrations(root: Path, env: EnvConfig, record: RecordConfig) -> R
             f"The dataset's place is taken. got: {root}, without {SUMMARY}. expected: nothing there. "
             "remedy: set data.root or output to another folder, or move that one away."
         )
-    parts.mkdir(parents=True, exist_ok=True)
-    with alone(parts):
-        return record_parts(root, parts, env, record, wanted)
+    return None
 
 
 def record_parts(
@@ -217,7 +225,7 @@ def run_workers(parts: Path, env: EnvConfig, record: RecordConfig, n_shards: int
     """Record the missing shards in parallel, then merge all of them into `merged`."""
     shards = [shard for shard in range(n_shards) if not (parts / f"shard_{shard:05d}").exists()]
     missing = sum(len(shard_episodes(record, shard)) for shard in shards)
-    n_workers = max(1, min(record.workers or os.cpu_count() or 1, len(shards)))
+    n_workers = max(1, min(record.workers or cores(), len(shards)))
     workers: list[Worker] = []
     bar = tqdm(total=record.episodes, initial=record.episodes - missing, desc="record", unit="episode")
     bar.set_postfix_str("starting workers")

@@ -16,10 +16,12 @@ from vla.evaluation.episodes import Row
 from vla.evaluation.pool import Workers
 from vla.evaluation.rollouts import ChunkPolicy, Clock, Rollouts
 from vla.evaluation.slot import Setup
-from vla.evaluation.summary import machine, portable, sha256, summarise, versions
+from vla.evaluation.summary import machine, portable, summarise, versions
 from vla.observation import Features
+from vla.system import sha256
 
 VIDEOS = "videos"
+RESULT = "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Evaluation:
     def save(self, folder: Path) -> Path:
         """Write evaluation.json into `folder`, in one piece."""
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "evaluation.json"
+        path = folder / RESULT
         partial = path.with_suffix(".json.partial")
         text = json.dumps(self.as_dict(folder), indent=1, ensure_ascii=False)
         partial.write_text(text + "\n", encoding="utf-8")
@@ -97,15 +99,13 @@ def evaluate(policy: ChunkPolicy | None, job: Job, *, progress: bool = True) -> 
     """Play the job's episodes in closed loop and count successes.
 
     policy: None has the environment's own expert play through the same machinery.
-    Films, job.evaluate.videos of each split, go to <job.output>/videos, in the place of those of an
-    evaluation before; nothing else is written.
-    Raises ValueError, before anything is played, when the environment is not to be found or does
-    not fit the policy; EnvironmentCrash when it fails on the way.
+    Films, job.evaluate.videos of each split, go to <job.output>/videos, in the place of those that
+    the evaluation.json there lists; nothing else is written.
+    Raises ValueError, before anything is played or removed, when the environment of a split is not
+    to be found or does not fit the policy; EnvironmentCrash when it fails on the way.
     """
     config, folder = job.evaluate, Path(job.output)
     start = time.perf_counter()
-    for film in (folder / VIDEOS).glob("*.mp4"):
-        film.unlink()  # of an evaluation before this one
     todo = plan.standard_episodes(config)
     n_slots = min(config.slots, len(todo))
     schedules = [
@@ -128,13 +128,25 @@ def evaluate(policy: ChunkPolicy | None, job: Job, *, progress: bool = True) -> 
 
     with Workers(config.workers, n_slots, setup) as workers:
         if policy is not None:
-            policy.features.require(workers.features, f"The environment {job.env.id}")
+            policy.features.require(workers.features, f"The environment {job.env.id}", closed_loop=True)
+        remove_films(folder)
         rollouts = Rollouts(workers, schedules, policy, folder)
         rows = rollouts.play(todo, controls if config.controls else None, progress)
         film_failures(rollouts, rows, config.videos // 2)
     rollouts.clock.wall_s = time.perf_counter() - start
     checkpoint = getattr(policy, "checkpoint", None)
     return Evaluation(rows, rollouts.clock, job, workers.features, checkpoint, policy is None, workers.n)
+
+
+def remove_films(folder: Path) -> None:
+    """Remove the films of the evaluation whose result lies in `folder`, and nobody else's."""
+    try:
+        rows = json.loads((folder / RESULT).read_text(encoding="utf-8"))["episodes"]
+        films = [Path(row["video"]).name for row in rows if row["video"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # none there, or none of ours
+    for film in films:
+        (folder / VIDEOS / film).unlink(missing_ok=True)
 
 
 def film_failures(rollouts: Rollouts, rows: list[Row], count: int) -> None:

@@ -18,17 +18,13 @@ import numpy as np
 from vla.evaluation.slot import Setup
 from vla.evaluation.worker import Failure, Layout
 from vla.observation import ACTION, IMAGES, STATE
+from vla.system import cores
 
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LP_NUM_THREADS")
 
 
 class EnvironmentCrash(RuntimeError):
     """An environment raised, or its process died; the message carries its traceback and the episode."""
-
-
-def cores() -> int:
-    """Processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Workers:

@@ -108,7 +108,8 @@ class Rollouts:
         """
         assert self.policy is not None
         start = time.perf_counter()
-        images = {name.removeprefix(IMAGES): np.array(array) for name, array in self.workers.images.items()}
+        wanted = self.policy.features.cameras  # the environment may show more
+        images = {name: np.array(self.workers.images[IMAGES + name]) for name in wanted}
         chunks = np.asarray(self.policy.predict_chunk(images, np.array(self.workers.state), list(self.texts)))
         expected = (len(self.schedules), self.policy.chunk_size, self.workers.actions.shape[-1])
         if chunks.shape != expected:

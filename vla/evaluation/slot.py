@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.envs.registration import load_env_creator
 
+from vla.environment import make_env
 from vla.evaluation.episodes import Episode
 from vla.evaluation.video import Film
 from vla.observation import ACTION, IMAGES, IS_SUCCESS, STATE, TASK, Features
@@ -60,30 +59,6 @@ class Unsuitable(ValueError):
         )
 
 
-def make_env(env_id: str, kwargs: dict[str, Any]) -> gym.Env:
-    """Make a gymnasium environment by its id (`module:Id-v0`), able to render where it says it can.
-
-    Raises ValueError when the id names nothing.
-    """
-    module, _, name = env_id.rpartition(":")
-    try:
-        if module:
-            importlib.import_module(module)
-        creator = gym.spec(name).entry_point
-    except (ModuleNotFoundError, gym.error.UnregisteredEnv) as error:
-        raise ValueError(
-            f"env.id: got {env_id!r} ({str(error).splitlines()[0]}), expected 'module:Id-v0', where "
-            "importing the module registers the environment. remedy: check the spelling, and that the module "
-            "is on the PYTHONPATH."
-        ) from None
-    if isinstance(creator, str):
-        creator = load_env_creator(creator)
-    metadata = getattr(creator, "metadata", None)
-    if isinstance(metadata, dict) and "rgb_array" in metadata.get("render_modes", ()):
-        kwargs = {"render_mode": "rgb_array", **kwargs}
-    return gym.make(name, disable_env_checker=True, **kwargs)
-
-
 class Slot:
     """One environment and its row in the shared memory. Other splits' episodes get a fresh environment."""
 
@@ -100,16 +75,9 @@ class Slot:
     def _open(self, split: str) -> Features:
         self.close()
         self.split = split
-        self.env = make_env(self.setup.env_id, {**self.setup.env_kwargs, **self.setup.splits[split]})
-        self.fps = int(self.env.metadata.get("render_fps") or 10)
-        features = Features.of_spaces(self.env.observation_space, self.env.action_space, self.fps)
-        for name in features.cameras:
-            space = self.env.observation_space[IMAGES + name]  # type: ignore[index]
-            if space.dtype != np.uint8 or space.shape[2:] != (3,):
-                expected = "uint8 of shape (height, width, 3)"
-                raise Unsuitable(
-                    f"camera {name!r} with {space}", expected, "convert the pictures in a wrapper"
-                )
+        kwargs = {**self.setup.env_kwargs, **self.setup.splits[split]}
+        self.env, features = make_env(self.setup.env_id, kwargs, render=True)
+        self.fps = features.fps
         if self.setup.expert and not hasattr(self.env.unwrapped, "expert_action"):
             expected = "a method expert_action() -> (A,) float32"
             raise Unsuitable("no expert", expected, "write one, or evaluate a checkpoint instead")
@@ -129,8 +97,8 @@ class Slot:
         assert self.env is not None
         observation, info = self.env.reset(seed=episode.seed, options=options)
         for name, history in self.images.items():
-            history[:] = observation[name]
-        self.state[:] = observation[STATE]
+            put(name, observation[name], history)
+        put(STATE, observation[STATE], self.state)
         for key in (TASK, IS_SUCCESS):
             if key not in info:
                 got, expected = f"info with {sorted(info)}", f"info[{TASK!r}] and info[{IS_SUCCESS!r}]"
@@ -160,10 +128,10 @@ class Slot:
             observation, _, terminated, truncated, info = env.step(np.clip(action, low, high))
             self.steps += 1
             self.task, success = str(info[TASK]), bool(info[IS_SUCCESS])
-            self._remember(self.state, observation[STATE])
+            self._remember(STATE, observation[STATE], self.state)
             if seen:
                 for name, history in self.images.items():
-                    self._remember(history, observation[name])
+                    self._remember(name, observation[name], history)
             if self.film is not None:
                 self._picture(observation)
             done = success or bool(terminated) or bool(truncated)
@@ -189,8 +157,22 @@ class Slot:
             self.env.unwrapped.images_enabled = enabled  # type: ignore[attr-defined]
 
     @staticmethod
-    def _remember(history: np.ndarray, newest: np.ndarray) -> None:
+    def _remember(key: str, newest: Any, history: np.ndarray) -> None:
         """history: (T, ...), oldest first."""
         if len(history) > 1:
             history[:-1] = history[1:].copy()
-        history[-1] = newest
+        put(key, newest, history[-1:])
+
+
+def put(key: str, value: Any, target: np.ndarray) -> None:
+    """Write an observation (...) into every row of target (T, ...).
+
+    Raises Unsuitable for another shape or type: float images in [0, 1] would silently turn black.
+    """
+    value = np.asarray(value)
+    casting = "safe" if target.dtype == np.uint8 else "same_kind"
+    if value.shape != target.shape[1:] or not np.can_cast(value.dtype, target.dtype, casting):
+        got = f"observation[{key!r}] of shape {value.shape}, {value.dtype}"
+        expected = f"shape {target.shape[1:]}, {target.dtype}, as the observation space says"
+        raise Unsuitable(got, expected, "convert it in a wrapper")
+    np.copyto(target, value, casting=casting)

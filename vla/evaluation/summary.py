@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vla.evaluation.episodes import CONTROLS, COUNTERFACTUAL, STANDARD, Row
+from vla.system import cores
 
 PACKAGES = ("torch", "numpy", "timm", "transformers", "gymnasium", "mujoco", "lerobot")
 
@@ -103,17 +103,10 @@ def machine() -> dict[str, Any]:
     if information.is_file():
         names = [line for line in information.read_text().splitlines() if line.startswith("model name")]
         model = names[0].partition(":")[2].strip() if names else model
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch = sys.modules.get("torch")  # without it, no GPU was used
     gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
     memory_gb = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
-    return {"cpu": model, "cores": cores, "memory_gb": memory_gb, "gpu": gpu, "system": platform.system()}
-
-
-def sha256(path: Path) -> str:
-    """The digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"cpu": model, "cores": cores(), "memory_gb": memory_gb, "gpu": gpu, "system": platform.system()}
 
 
 def portable(value: Any) -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 
 from vla.evaluation.episodes import Episode
 from vla.evaluation.slot import Progress, Setup, Sight, Slot, Unsuitable
+from vla.observation import Features
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,10 @@ class Host:
     """The slots of one worker and the commands they answer to."""
 
     def __init__(self, setup: Setup) -> None:
-        split = next(iter(setup.splits))
-        self.slots = {number: Slot(setup, split) for number in setup.slots}
+        first = next(iter(setup.splits))
+        if 0 in setup.slots and len(setup.splits) > 1:  # one worker is enough
+            look_at_splits(setup)
+        self.slots = {number: Slot(setup, first) for number in setup.slots}
         self.at: Episode | None = None  # the episode worked on, for the error message
         self.episodes: dict[int, Episode] = {}
 
@@ -68,6 +71,30 @@ class Host:
     def _at(self, number: int) -> Slot:
         self.at = self.episodes[number]
         return self.slots[number]
+
+
+def look_at_splits(setup: Setup) -> None:
+    """Open every split's environment once, so that a mistake in the last shows before the first is played.
+
+    Raises ValueError, naming the split, for one that cannot be used or differs from the first.
+    """
+    features: dict[str, Features] = {}
+    for split in setup.splits:
+        try:
+            slot = Slot(setup, split)
+        except ValueError as error:
+            raise ValueError(f"Split {split!r}: {error}") from None
+        except Exception as error:
+            error.add_note(f"This was split {split!r}.")
+            raise
+        slot.close()
+        features[split] = slot.features
+        expected = next(iter(features.values()))
+        if slot.features != expected:
+            raise ValueError(
+                f"Split {split!r} does not fit the first. got: {slot.features}. expected: {expected}. "
+                "remedy: give all of evaluate.splits the same cameras, resolutions, sizes and rate."
+            )
 
 
 def serve(connection: Connection) -> None:

