@@ -1,0 +1,56 @@
+"""Film the tabletop's experts side by side: python scripts/film.py results/tabletop.gif"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from PIL import Image, ImageDraw
+
+SCENES = {"press": 3, "put": 5, "stack": 8, "open": 4}  # skill -> seed
+PIXELS, CAPTION, FRAMES_PER_SECOND = 200, 22, 10
+
+
+def film(skill: str, seed: int) -> tuple[list[np.ndarray], str]:
+    """The frames of one episode by the expert, and its instruction."""
+    kwargs: dict[str, Any] = {"skills": [skill], "render_pixels": 2 * PIXELS, "preset": "full"}
+    env = gym.make("envs:Tabletop-v0", **kwargs)
+    env.unwrapped.images_enabled = False  # type: ignore[attr-defined]
+    _, info = env.reset(seed=seed)
+    frames, over = [env.render()], False
+    while not over:
+        *_, terminated, truncated, info = env.step(env.unwrapped.expert_action())  # type: ignore[attr-defined]
+        frames.append(env.render())
+        over = terminated or truncated
+    env.close()
+    return frames, info["task"]  # type: ignore[return-value]
+
+
+def tile(frame: np.ndarray, task: str) -> Image.Image:
+    """One picture with its caption, antialiased by drawing at twice the size."""
+    picture = Image.new("RGB", (PIXELS, PIXELS + CAPTION), "white")
+    picture.paste(Image.fromarray(frame).resize((PIXELS, PIXELS), Image.Resampling.LANCZOS))
+    ImageDraw.Draw(picture).text((PIXELS / 2, PIXELS + CAPTION / 2), task, "black", anchor="mm")
+    return picture
+
+
+def main(path: Path) -> None:
+    films = [film(skill, seed) for skill, seed in SCENES.items()]
+    length = max(len(frames) for frames, _ in films) + FRAMES_PER_SECOND  # hold the end for a second
+    pages = []
+    for t in range(length):
+        page = Image.new("RGB", (PIXELS * len(films), PIXELS + CAPTION))
+        for i, (frames, task) in enumerate(films):
+            page.paste(tile(frames[min(t, len(frames) - 1)], task), (i * PIXELS, 0))
+        pages.append(page.quantize(128))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pages[0].save(path, save_all=True, append_images=pages[1:], duration=1000 // FRAMES_PER_SECOND, loop=0)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("path", type=Path, help="the GIF to write")
+    main(parser.parse_args().path)
