@@ -21,7 +21,14 @@ def main(job: Job, resume: bool = False) -> Path:
     from vla.training.loop import train
 
     store = FrameStore.open_or_build(job.dataset_root, job.data.repo_id, job.data.cameras)
-    return train(job, store, resume, evaluate=None if not job.train.evaluate_every else evaluation_of(job))
+    if not job.train.evaluate_every:
+        return train(job, store, resume)
+    from vla.environment import make_env
+
+    env, features = make_env(job.env.id, job.env.kwargs)  # may not fit: find out now, not in an hour
+    env.close()
+    store.features.require(features, f"The environment {job.env.id}", closed_loop=True)
+    return train(job, store, resume, evaluation_of(job))
 
 
 def evaluation_of(job: Job):

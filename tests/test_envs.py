@@ -396,3 +396,54 @@ def test_splits_leave_every_word_in_training() -> None:
 def test_wrong_choices_are_explained(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"got.*expected.*remedy"):
         Tabletop(**wrong)
+
+
+def test_a_row_shows_three_buttons_that_can_all_be_asked_for() -> None:
+    env = Tabletop(skills=["press"], row=0.03, cameras=["front"], pixels=32, split="L0")
+    env.images_enabled = False
+    targets, orders = set(), set()
+    for seed in range(40):
+        _, info = env.reset(seed=seed)
+        items = env.world.scene.items
+        assert len(items) == len({item.colour for item in items}) == 3
+        assert len(info["alternatives"]) == 2
+        assert {item.colour for item in items}.isdisjoint({"purple"})  # press and purple belong to L3
+        for slot, item in enumerate(items):
+            assert abs(item.x - randomize.ROW_X) <= 0.03
+            assert abs(item.y - (slot - 1) * randomize.ROW_GAP) <= 0.03
+        targets.add(env.goal.target)
+        orders.add(tuple(item.colour for item in items))
+    assert targets == {0, 1, 2}  # no place gives the answer away
+    assert len(orders) > 20
+    env.close()
+
+
+def test_buttons_anywhere_leave_at_least_three_to_ask_for() -> None:
+    env = Tabletop(skills=["press"], cameras=["front"], pixels=32)
+    env.images_enabled = False
+    for seed in range(40):
+        _, info = env.reset(seed=seed)
+        assert len(info["alternatives"]) >= 2
+    env.close()
+
+
+def test_the_state_without_the_lag_behind_the_command() -> None:
+    full, bare = (Tabletop(["press"], cameras=["front"], pixels=32, commanded=c) for c in (True, False))
+    assert bare.observation_space[STATE].shape == (7,)
+    for env in (full, bare):
+        env.reset(seed=3)
+    with_lag, *_ = full.step(np.array([1, 0, 0, 0, -1]))
+    without, *_ = bare.step(np.array([1, 0, 0, 0, -1]))
+    assert bare.observation_space.contains(without)
+    assert with_lag[STATE][6] > 0.001  # metres
+    np.testing.assert_array_equal(np.delete(with_lag[STATE], [6, 7, 8, 9]), without[STATE])
+    full.close()
+    bare.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("pixels", 0), ("max_steps", 0), ("row", 0.2), ("render_pixels", -1)]
+)
+def test_sizes_that_cannot_be(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}: got {value}, expected .*remedy"):
+        Tabletop(**{name: value})  # type: ignore[arg-type]

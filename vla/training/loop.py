@@ -80,16 +80,19 @@ def train(job: Job, store: FrameStore, resume: bool = False, evaluate: Evaluate 
         closing(Tracker(job, first)) as tracker,
         tqdm(total=config.steps, initial=first, desc="train", unit="step", dynamic_ncols=True) as bar,
     ):
+
+        def look(path: Path, step: int, evaluate: Evaluate) -> None:
+            """Evaluate as if it had not happened: training's random numbers go on behind it."""
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                numbers, videos = evaluate(path, step)
+            tracker.log(step, **numbers)
+            tracker.log_videos(step, videos)
+
         marked, mark = time.monotonic(), first
         for step in range(first, config.steps):
             if evaluate and config.evaluate_every and step > first and step % config.evaluate_every == 0:
                 path = save(step)
-                with torch.random.fork_rng(
-                    [device] if device.type == "cuda" else []
-                ):  # as if it were not there
-                    numbers, videos = evaluate(path, step)
-                tracker.log(step, **numbers)
-                tracker.log_videos(step, videos)
+                look(path, step, evaluate)
                 marked, mark = time.monotonic(), step
             elif step > first and step % config.save_every == 0:
                 path = save(step)
@@ -106,7 +109,10 @@ def train(job: Job, store: FrameStore, resume: bool = False, evaluate: Evaluate 
                 tracker.log(step + 1, **numbers, lr=learning_rate(step, config), samples_per_s=rate)
                 bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {rate:,.0f} samples/s", refresh=False)
                 bar.update(step + 1 - bar.n)
-        return save(config.steps)
+        path = save(config.steps)
+        if evaluate and config.evaluate_every:
+            look(path, config.steps, evaluate)
+        return path
 
 
 def diverged(got: str, step: int, path: Path | None) -> FloatingPointError:
