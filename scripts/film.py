@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-import gymnasium as gym
 import numpy as np
 from PIL import Image, ImageDraw
+
+from envs.tabletop import Tabletop
 
 SCENES = {"press": 3, "put": 5, "stack": 8, "open": 4}  # skill -> seed
 PIXELS, CAPTION, FRAMES_PER_SECOND = 200, 22, 10
@@ -16,17 +16,16 @@ PIXELS, CAPTION, FRAMES_PER_SECOND = 200, 22, 10
 
 def film(skill: str, seed: int) -> tuple[list[np.ndarray], str]:
     """The frames of one episode by the expert, and its instruction."""
-    kwargs: dict[str, Any] = {"skills": [skill], "render_pixels": 2 * PIXELS, "preset": "full"}
-    env = gym.make("envs:Tabletop-v0", **kwargs)
-    env.unwrapped.images_enabled = False  # type: ignore[attr-defined]
+    env = Tabletop([skill], render_pixels=2 * PIXELS, preset="full")
+    env.images_enabled = False
     _, info = env.reset(seed=seed)
     frames, over = [env.render()], False
     while not over:
-        *_, terminated, truncated, info = env.step(env.unwrapped.expert_action())  # type: ignore[attr-defined]
+        _, _, terminated, truncated, _ = env.step(env.expert_action())
         frames.append(env.render())
         over = terminated or truncated
     env.close()
-    return frames, info["task"]  # type: ignore[return-value]
+    return frames, info["task"]
 
 
 def tile(frame: np.ndarray, task: str) -> Image.Image:

@@ -100,8 +100,8 @@ def named(config: ModelConfig, pretrained: bool) -> nn.Module:
 class Film(nn.Module):
     """The instruction scales and shifts the channels of the image tokens (Perez et al. 2018, FiLM).
 
-    A product of words and pixels at every token: with it a policy from scratch follows its instruction
-    after some 30,000 samples, where attention alone had not begun to after 180,000 (README, results).
+    A product of words and pixels at every token, which attention alone takes long to find: held-out
+    loss at the starts of episodes after 64,000 samples 0.16 with it, 0.36 without (one run each, README).
     """
 
     def __init__(self, width: int, text_width: int) -> None:

@@ -5,10 +5,11 @@
     L text tokens      D d_model                    S memory length
 
 What departs from the Transformer of Vaswani et al. 2017: the encoder reads one sequence of image,
-text and state tokens; the decoder's input is not the shifted target but one learned "open" token
-per action, so that all H actions come out of one pass. Being causal, it can continue actions that
-are already committed to the robot: the first d tokens then carry those (a committed prefix),
-drawn at random in training, given at inference.
+text and state tokens, the image tokens being conditioned on the instruction before that
+(`image.conditioning: film`, or `none`); the decoder's input is not the shifted target but one
+learned "open" token per action, so that all H actions come out of one pass. Being causal, it can
+continue actions that are already committed to the robot: the first d tokens then carry those (a
+committed prefix), drawn at random in training, given at inference.
 
 Normalisation lives inside: uint8 images and raw state go in, robot units come out.
 """
