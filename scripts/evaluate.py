@@ -19,11 +19,13 @@ from typing import Any
 from vla.config import Job, load
 from vla.evaluation import Evaluation, evaluate
 from vla.evaluation.report import percent, write_report
+from vla.system import require_writable
 
 
 def main(job: Job, checkpoint: Path | None) -> Evaluation:
     """Play the job, write its results and print them; without a checkpoint the expert plays."""
     policy = None
+    require_writable(job.output)
     metrics = Path(job.output) / "metrics.jsonl"
     if checkpoint is None:
         job = replace(job, output=str(Path(job.output) / "expert"))

@@ -44,7 +44,13 @@ def main(path: Path) -> None:
         page = Image.new("RGB", (PIXELS * len(films), PIXELS + CAPTION))
         for i, (frames, task) in enumerate(films):
             page.paste(tile(frames[min(t, len(frames) - 1)], task), (i * PIXELS, 0))
-        pages.append(page.quantize(128))
+        pages.append(page)
+    # One palette for all pages, from first, middle and last, or colours would change from frame to frame.
+    sample = Image.new("RGB", (pages[0].width, 3 * pages[0].height))
+    for i, page in enumerate((pages[0], pages[length // 3], pages[-1])):
+        sample.paste(page, (0, i * page.height))
+    palette = sample.quantize(256)
+    pages = [page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
     path.parent.mkdir(parents=True, exist_ok=True)
     pages[0].save(path, save_all=True, append_images=pages[1:], duration=1000 // FRAMES_PER_SECOND, loop=0)
 

@@ -46,7 +46,7 @@ if __name__ == "__main__":
     has_config = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
     try:
         main(load(Job, path=None if has_config else CONFIG))
-    except (ValueError, RuntimeError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         sys.exit(f"quickstart: {error}")
     except KeyboardInterrupt:
         sys.exit("quickstart: interrupted; the same command continues")

@@ -11,9 +11,12 @@ import sys
 
 from vla.config import Job, load
 from vla.data.record import record_demonstrations
+from vla.system import require_writable
 
 
 def main(job: Job) -> None:
+    """Record what `job` asks for, unless it is there already."""
+    require_writable(job.dataset_root.parent)
     recording = record_demonstrations(job.dataset_root, job.env, job.record)
     print(f"dataset {job.dataset_root}: {recording}")
 
@@ -21,7 +24,7 @@ def main(job: Job) -> None:
 if __name__ == "__main__":
     try:
         main(load(Job))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"record: {error}")
     except KeyboardInterrupt:
         sys.exit("record: interrupted; the same command continues")

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from vla.config import Job, load
+from vla.system import require_writable
 
 OTHER_SCENES = 10_000_000  # a curve that one looks at while tuning must not come from the final scenes
 
@@ -20,6 +21,7 @@ def main(job: Job, resume: bool = False) -> Path:
     from vla.data.frames import FrameStore
     from vla.training.loop import train
 
+    require_writable(job.output)
     store = FrameStore.open_or_build(job.dataset_root, job.data.repo_id, job.data.cameras)
     if not job.train.evaluate_every:
         return train(job, store, resume)

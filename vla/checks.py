@@ -50,12 +50,12 @@ def apply_arguments(tree: dict[str, Any], argv: list[str], cls: Any) -> None:
     while rest:
         name, equals, value = rest.pop(0).partition("=")
         require(name.startswith("--"), "argument", name, "--a.b=c", "the YAML file comes first; see --help")
-        require(bool(equals or rest), name, "no value", f"{name}=<value>")
-        text = value if equals else rest.pop(0)
         hint: Any = cls
         parts = name[2:].split(".")
         for i, part in enumerate(parts):
             hint = field_type(hint, part, ".".join(parts[:i]))
+        require(bool(equals or rest), name, "no value", f"{name}=<value>", "give it one")
+        text = value if equals else rest.pop(0)
         try:
             parsed = text if hint is str else yaml.safe_load(text)
         except yaml.YAMLError:
@@ -98,11 +98,11 @@ def check(value: Any, hint: Any, name: str = "") -> None:
         inner = get_args(hint)
         n = "some" if inner[-1] is ... else len(inner)
         fits = isinstance(value, list) and n in ("some", len(value))
-        require(fits, name, value, f"a list of {n} values", f"write {name}=[a, b]")
+        require(fits, name, value, f"a list of {n} values", "write it as [a, b]")
         for x in value:
             check(x, inner[0], name)
     elif get_origin(hint) is dict:
-        require(isinstance(value, dict), name, value, "a mapping", f"write {name}={{a: 1}}")
+        require(isinstance(value, dict), name, value, "a mapping", "write it as {a: 1, b: {c: 2}}")
 
 
 def is_number(value: Any) -> bool:

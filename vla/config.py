@@ -143,7 +143,7 @@ class ModelConfig:
     positions: str = "learned"  # of action tokens: sinusoidal | learned
     activation: str = "gelu"  # gelu | relu | swiglu
     dropout: float = 0.0
-    head: str = "l1"
+    head: str = "l1"  # l1
     max_prefix: int = 8  # longest committed prefix drawn in training
     prefix_probability: float = 0.25  # share of training samples that carry one
     d_model: int = 0
@@ -162,6 +162,7 @@ class ModelConfig:
         for name, value in SIZES[self.size].items():
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, value)
+        one_of("model.head", self.head, ("l1",))
         one_of("model.norm", self.norm, ("pre", "post"))
         one_of("model.positions", self.positions, ("sinusoidal", "learned"))
         one_of("model.activation", self.activation, ("gelu", "relu", "swiglu"))

@@ -37,7 +37,7 @@ def make_env(env_id: str, kwargs: dict[str, Any], render: bool = False) -> tuple
     try:
         env = gym.make(name, disable_env_checker=True, **kwargs)
     except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
+        if not any(text in str(error) for text in ("unexpected keyword argument", "takes no arguments")):
             raise  # the environment's own mistake, which its traceback explains
         raise ValueError(
             f"{env_id} does not take these arguments. got: {kwargs} ({error}). "

@@ -91,7 +91,7 @@ class Policy:
         """
         fit("keys of the observation", STATE if STATE in observation else sorted(observation), STATE)
         images = {key.removeprefix(IMAGES): observation[key][None, None] for key in camera_keys(observation)}
-        return self.predict_chunk(images, observation[STATE][None, None], [task])[0]
+        return self.predict_chunk(images, np.asarray(observation[STATE])[None, None], [task])[0]
 
     def _check(
         self,
@@ -108,6 +108,8 @@ class Policy:
             got = (*image.shape[:2], "h", "w", image.shape[4]) if image.ndim == 5 else image.shape
             fit(f"shape of camera {name}", got, (b, t, "h", "w", 3))
         fit("shape of the state", state.shape, (b, t, features.state_dim))
+        fit("numbers in the state", "all finite" if np.isfinite(state).all() else "not finite", "all finite")
+        fit("type of the tasks", {type(task).__name__ for task in tasks} - {"str"} or {"str"}, {"str"})
         if prefix is None and prefix_length is None:
             return
         if prefix is None or prefix_length is None:

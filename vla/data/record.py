@@ -102,7 +102,9 @@ def record_parts(
 ) -> Recording:
     start = time.perf_counter()
     config = parts / "config.json"
-    if config.is_file():
+    if config.is_file() and any(
+        parts.glob("shard_?????")
+    ):  # what is finished must not be mixed with other data
         require_same(json.loads(config.read_text(encoding="utf-8")), wanted | sharding(record), parts)
     else:
         unfinished = config.with_suffix(".tmp")
@@ -212,7 +214,7 @@ class Worker:
         if isinstance(message, Failed):
             raise RuntimeError(
                 f"Recording {what} failed: {message.text} (log: {self.log}). "
-                "Finished shards are kept: run the same command again to continue."
+                "What is finished is kept: mend the cause and run the command again."
             )
         return message
 

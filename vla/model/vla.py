@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vla.config import ModelConfig, one_of
+from vla.config import ModelConfig
 from vla.data.normalize import Normalizer, Statistics
 from vla.model.heads import HEADS
 from vla.model.image import Augment
@@ -67,7 +67,6 @@ class VLA(nn.Module):
         text_folder: str | Path | None = None,
     ) -> None:
         super().__init__()
-        one_of("model.head", config.head, HEADS)
         self.config, self.features = config, features
         layer: dict[str, Any] = {
             name: getattr(config, name)
