@@ -11,6 +11,12 @@ from gymnasium.envs.registration import load_env_creator
 from vla.observation import Features
 
 
+def enable_images(env: Any, enabled: bool) -> None:
+    """Have an environment render, or not, where it offers the choice (`images_enabled`)."""
+    if hasattr(env.unwrapped, "images_enabled"):
+        env.unwrapped.images_enabled = enabled
+
+
 def make_env(env_id: str, kwargs: dict[str, Any], render: bool = False) -> tuple[gym.Env, Features]:
     """Make an environment by its id (`module:Id-v0`), and read its sizes and control rate.
 

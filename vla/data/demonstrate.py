@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from vla.config import EnvConfig, RecordConfig
-from vla.environment import make_env
+from vla.environment import enable_images, make_env
 from vla.observation import ACTION, IMAGES, IS_SUCCESS, STATE, TASK, Features, camera_keys
 
 ATTEMPTS = 20  # per episode; an expert that fails more often is broken
@@ -122,10 +122,10 @@ def demonstrate(
     for step in range(led):
         if step % LEAD_IN_HELD == 0:
             action = rng.uniform(low, high).astype(np.float32)
-        env.unwrapped.images_enabled = step + 1 == led  # only the last one begins the episode
+        enable_images(env, step + 1 == led)  # only the last one begins the episode
         observation, _, terminated, truncated, info = env.step(action)
         if terminated or truncated:
-            env.unwrapped.images_enabled = True
+            enable_images(env, True)
             return None, step + 1
     frames: list[dict[str, Any]] = []
     remaining: int | None = None  # steps to keep after the first success

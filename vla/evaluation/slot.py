@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 
-from vla.environment import make_env
+from vla.environment import enable_images, make_env
 from vla.evaluation.episodes import Episode
 from vla.evaluation.video import Film
 from vla.observation import ACTION, IMAGES, IS_SUCCESS, STATE, TASK, Features
@@ -64,7 +63,7 @@ class Slot:
 
     def __init__(self, setup: Setup, split: str) -> None:
         self.setup = setup
-        self.env: gym.Env | None = None
+        self.env: Any = None  # a gym.Env; its spaces and its expert are beyond that type
         self.film: Film | None = None
         self.features = self._open(split)
 
@@ -92,7 +91,7 @@ class Slot:
         """Reset to an episode; the history is its first observation, repeated."""
         if episode.split != self.split:
             self._open(episode.split)
-        self._enable_images(True)
+        enable_images(self.env, True)
         options = {} if episode.task is None else {"task": episode.task}
         assert self.env is not None
         observation, info = self.env.reset(seed=episode.seed, options=options)
@@ -120,11 +119,11 @@ class Slot:
         assert env is not None
         unseen = self.setup.n_action_steps - (0 if self.setup.expert else self.setup.n_obs_steps)
         filmed_by_camera = self.film is not None and env.render_mode != "rgb_array"
-        low, high = env.action_space.low, env.action_space.high  # type: ignore[attr-defined]
+        low, high = env.action_space.low, env.action_space.high
         for number in range(self.setup.n_action_steps):
             seen = number >= unseen or filmed_by_camera
-            self._enable_images(seen)
-            action = env.unwrapped.expert_action() if self.setup.expert else self.actions[number]  # type: ignore[attr-defined]
+            enable_images(self.env, seen)
+            action = env.unwrapped.expert_action() if self.setup.expert else self.actions[number]
             observation, _, terminated, truncated, info = env.step(np.clip(action, low, high))
             self.steps += 1
             self.task, success = str(info[TASK]), bool(info[IS_SUCCESS])
@@ -150,11 +149,6 @@ class Slot:
         assert film is not None
         picture: Any = env.render() if env.render_mode == "rgb_array" else observation[min(self.images)]
         film.add(np.asarray(picture))
-
-    def _enable_images(self, enabled: bool) -> None:
-        assert self.env is not None
-        if hasattr(self.env.unwrapped, "images_enabled"):
-            self.env.unwrapped.images_enabled = enabled  # type: ignore[attr-defined]
 
     @staticmethod
     def _remember(key: str, newest: Any, history: np.ndarray) -> None:

@@ -139,6 +139,7 @@ class ImageTokens(nn.Module):
 
     mean: Tensor
     std: Tensor
+    backbone: Any  # of timm, whose models share names and no type
 
     def __init__(
         self, config: ModelConfig, cameras: list[str], text_width: int, pretrained: bool = True
@@ -156,7 +157,7 @@ class ImageTokens(nn.Module):
         for name in ("mean", "std"):
             value = torch.tensor(pretrained_cfg.get(name, (0.5,) * 3)).view(3, 1, 1)
             self.register_buffer(name, value, persistent=False)
-        width = int(self.backbone.num_features)  # type: ignore[arg-type]
+        width = int(self.backbone.num_features)
         self.conditioning = CONDITIONINGS[config.image.conditioning](width, text_width)
         self.projection = nn.Linear(width, config.d_model)
         self.camera = nn.Parameter(torch.empty(len(cameras), 1, config.d_model))
@@ -201,7 +202,7 @@ class ImageTokens(nn.Module):
 
     def grid(self, images: Tensor) -> Tensor:
         """(N, 3, p, p) normalised -> the backbone's tokens (N, V, W), class and register tokens dropped."""
-        x = self.backbone.forward_features(images)  # type: ignore[operator]
+        x = self.backbone.forward_features(images)
         if x.ndim == 3:
             return x[:, self.prefix_tokens :]
         return x.flatten(1, 2) if self.channels_last else x.flatten(2).transpose(1, 2)

@@ -177,6 +177,8 @@ class Decoder(nn.Module):
 class SinusoidalPositions(nn.Module):
     """PE(p, 2i) = sin(p / 10000^(2i/D)), PE(p, 2i + 1) = cos(same); for any length."""
 
+    table: Tensor
+
     def __init__(self, length: int, d_model: int) -> None:
         super().__init__()
         self.d_model = d_model
@@ -191,8 +193,8 @@ class SinusoidalPositions(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """(length, D)."""
-        table: Tensor = self.table  # type: ignore[assignment]
-        return table[:length] if length <= len(table) else self.rows(length).to(table.device)
+        known = length <= len(self.table)
+        return self.table[:length] if known else self.rows(length).to(self.table.device)
 
 
 class LearnedPositions(nn.Module):

@@ -28,11 +28,11 @@ Evaluate = Callable[[Path, int], tuple[dict[str, float], list[Path]]]
 def train(job: Job, store: FrameStore, resume: bool = False, evaluate: Evaluate | None = None) -> Path:
     """Train a policy on a frame store and return its last checkpoint.
 
-    resume: go on from the newest checkpoint in <output>/checkpoints, bit for bit on the CPU, with
-    the statistics it was trained with. A finished run returns its checkpoint and does nothing else.
-    Raises ConfigError when there are checkpoints and resume is False, or when they are of a job
-    that trains otherwise (`checkpoint.require_same`); FloatingPointError when the loss or the
-    weights are no longer finite (the last good checkpoint is named).
+    resume: go on from the newest checkpoint in <output>/checkpoints, bit for bit on the CPU. A
+    finished run returns its checkpoint and does nothing else.
+    Raises ConfigError when there are checkpoints and resume is False, or when they are of another
+    dataset or of a job that trains otherwise (`checkpoint.require_same`); FloatingPointError when
+    the loss or the weights are no longer finite (the last good checkpoint is named).
     """
     config, folder = job.train, Path(job.output) / "checkpoints"
     older = checkpoint.checkpoints(folder)
@@ -42,10 +42,12 @@ def train(job: Job, store: FrameStore, resume: bool = False, evaluate: Evaluate 
     )  # fmt: skip
     path = older[-1] if older else None
     first, state = checkpoint.load_training(path) if path else (0, {})
+    statistics = store.statistics()
     if path:
         checkpoint.require_same(path, job)
+        checkpoint.require_features(path, store.features)
         require(
-            Statistics.load(path / "statistics.json") == store.statistics(), "data.root", str(job.dataset_root),
+            Statistics.load(path / "statistics.json") == statistics, "data.root", str(job.dataset_root),
             f"the dataset that checkpoint {path.name} was trained on",
             "bring that dataset back, or choose another output",
         )  # fmt: skip
@@ -55,12 +57,10 @@ def train(job: Job, store: FrameStore, resume: bool = False, evaluate: Evaluate 
         torch.set_num_threads(config.threads)
     torch.manual_seed(job.seed)
     device = resolve_device(config.device)
-    statistics = Statistics.load(path / "statistics.json") if path else store.statistics()
     model = VLA(job.model, store.features, statistics).to(device)
     samples = Samples(store, job.model.chunk_size, job.model.n_obs_steps, device, job.data.start_share)
     make_step = TrainStep(model, samples, job, store.tasks)
     if path:
-        checkpoint.require_features(path, store.features)
         make_step.load_state(state)
     print(
         f"train: {count_parameters(model) / 1e6:.1f} M trainable parameters, {len(store):,} frames of "

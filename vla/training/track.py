@@ -24,14 +24,14 @@ class Tracker:
         partial.replace(self.path)
         self.started = time.monotonic()
         self.run: Any = None
-        mode = job.train.wandb
+        mode: Any = job.train.wandb
         if mode == "auto":
             mode = "online" if _has_key() else "offline"
         if mode != "disabled":
             import wandb
 
             self.run = wandb.init(
-                project=job.train.wandb_project, name=Path(job.output).name, dir=job.output, mode=mode,  # type: ignore[arg-type]
+                project=job.train.wandb_project, name=Path(job.output).name, dir=job.output, mode=mode,
                 config=dataclasses.asdict(job), settings=wandb.Settings(silent=True),
             )  # fmt: skip
 
