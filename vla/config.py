@@ -15,17 +15,22 @@ from typing import Any
 import draccus
 
 from vla import __version__
+from vla.architecture import (
+    SIZES,
+    AttentionConfig,
+    ImageConfig,
+    LoraConfig,
+    ModelConfig,
+    ResamplerConfig,
+    TextConfig,
+)
 from vla.checks import ConfigError, apply_arguments, check, one_of, read_yaml, require
 
-# Transformer and from-scratch ViT sizes; parameters without the text encoder.
-SIZES: dict[str, dict[str, int]] = {
-    "tiny": dict(d_model=128, n_heads=4, d_ff=384, n_encoder_layers=2, n_decoder_layers=2,
-                 image_width=128, image_depth=2, image_heads=4),
-    "small": dict(d_model=256, n_heads=8, d_ff=1024, n_encoder_layers=4, n_decoder_layers=4,
-                  image_width=192, image_depth=6, image_heads=6),
-    "base": dict(d_model=384, n_heads=6, d_ff=1536, n_encoder_layers=4, n_decoder_layers=4,
-                 image_width=256, image_depth=8, image_heads=8),
-}  # fmt: skip
+__all__ = [
+    "SIZES", "AttentionConfig", "ConfigError", "DataConfig", "EnvConfig", "EvaluateConfig", "ImageConfig",
+    "Job", "LoraConfig", "ModelConfig", "RecordConfig", "ResamplerConfig", "TextConfig", "TrainConfig",
+    "dump", "load", "one_of", "require", "untrained",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,113 +90,13 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class ImageConfig:
-    """Image tokens: `scratch` is a timm ViT at the model size's width and depth."""
-
-    backbone: str = "scratch"  # or any timm name that yields a token grid
-    pixels: int = 128  # side of the square image given to the backbone
-    patch: int = 16  # scratch only
-    stem: str = "conv"  # scratch only: conv | patch
-    conditioning: str = "film"  # of image tokens on the instruction: film | none
-    pretrained: bool = False
-    frozen: bool = False
-    lr_multiplier: float = 1.0
-
-    def __post_init__(self) -> None:
-        one_of("model.image.stem", self.stem, ("conv", "patch"))
-        one_of("model.image.conditioning", self.conditioning, ("film", "none"))
-        if self.backbone == "scratch":
-            require(
-                self.pixels % self.patch == 0,
-                "model.image.pixels",
-                self.pixels,
-                f"a multiple of patch={self.patch}",
-            )
-            require(
-                self.stem == "patch" or self.patch in (4, 8, 16, 32),
-                "model.image.patch",
-                self.patch,
-                "4, 8, 16 or 32 with stem=conv",
-            )
-            require(
-                not self.pretrained,
-                "model.image.pretrained",
-                True,
-                "False with backbone=scratch",
-                "name a timm backbone",
-            )
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """Text tokens: `minilm` is all-MiniLM-L6-v2 from its installed package, else from the hub."""
-
-    encoder: str = "minilm"  # or a local folder, or a hub name
-    frozen: bool = True
-    lr_multiplier: float = 0.1  # when not frozen
-    max_tokens: int = 32
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The network of the mission; numbers left at 0 come from SIZES[size]."""
-
-    size: str = "small"
-    chunk_size: int = 16
-    n_obs_steps: int = 1
-    norm: str = "pre"  # pre | post
-    positions: str = "learned"  # of action tokens: sinusoidal | learned
-    activation: str = "gelu"  # gelu | relu | swiglu
-    dropout: float = 0.0
-    head: str = "l1"  # l1
-    max_prefix: int = 8  # longest committed prefix drawn in training
-    prefix_probability: float = 0.25  # share of training samples that carry one
-    d_model: int = 0
-    n_heads: int = 0
-    d_ff: int = 0
-    n_encoder_layers: int = 0
-    n_decoder_layers: int = 0
-    image_width: int = 0
-    image_depth: int = 0
-    image_heads: int = 0
-    image: ImageConfig = field(default_factory=ImageConfig)
-    text: TextConfig = field(default_factory=TextConfig)
-
-    def __post_init__(self) -> None:
-        one_of("model.size", self.size, SIZES)
-        for name, value in SIZES[self.size].items():
-            if getattr(self, name) == 0:
-                object.__setattr__(self, name, value)
-        one_of("model.head", self.head, ("l1",))
-        one_of("model.norm", self.norm, ("pre", "post"))
-        one_of("model.positions", self.positions, ("sinusoidal", "learned"))
-        one_of("model.activation", self.activation, ("gelu", "relu", "swiglu"))
-        require(self.chunk_size > 0, "model.chunk_size", self.chunk_size, "a positive number")
-        require(self.n_obs_steps > 0, "model.n_obs_steps", self.n_obs_steps, "a positive number")
-        require(
-            0 <= self.max_prefix < self.chunk_size,
-            "model.max_prefix",
-            self.max_prefix,
-            f"0 ≤ max_prefix < chunk_size={self.chunk_size}",
-        )
-        require(
-            0 <= self.prefix_probability <= 1,
-            "model.prefix_probability",
-            self.prefix_probability,
-            "a share in [0, 1]",
-        )
-        for width, heads in (("d_model", "n_heads"), ("image_width", "image_heads")):
-            d, n = getattr(self, width), getattr(self, heads)
-            require(n > 0 and d % n == 0, f"model.{heads}", n, f"a divisor of {width}={d}")
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """Behaviour cloning: AdamW, warm-up and cosine, clipping, EMA."""
 
     steps: int = 20_000
     batch_size: int = 64
     lr: float = 3e-4
+    init: str = ""  # a checkpoint of this project whose weights to begin with, as far as they fit
     warmup_steps: int = 200
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
@@ -230,6 +135,7 @@ class EvaluateConfig:
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> extra env kwargs
     controls: bool = True  # counterfactual pairs, shuffled and blank instructions (first split)
     n_action_steps: int = 8  # executed of each chunk before replanning
+    without: tuple[str, ...] = ()  # cameras that the policy is not shown; see model.camera_dropout
     ensemble: float = 0.0  # > 0: temporal ensembling, weights exp(-ensemble * i), i = 0 the oldest
     seed: int = 1_000_000
     workers: int = 0  # 0: one per core
@@ -271,10 +177,22 @@ class Job:
             self.evaluate.n_action_steps <= self.model.chunk_size, "evaluate.n_action_steps",
             self.evaluate.n_action_steps, f"at most model.chunk_size={self.model.chunk_size}",
         )  # fmt: skip
+        lora = self.model.lora
+        random = untrained(self.model) & set(lora.on) if lora.rank and not self.train.init else set()
+        require(
+            not random, "model.lora.on", list(lora.on), f"train.init for adapters on {', '.join(sorted(random))}",
+            "adapt only what was trained: set train.init to a checkpoint, or adapt pretrained encoders",
+        )  # fmt: skip
 
     @property
     def dataset_root(self) -> Path:
         return Path(self.data.root) if self.data.root else Path(self.output) / "dataset"
+
+
+def untrained(model: ModelConfig) -> set[str]:
+    """The parts (of model.lora.on) that begin with random weights unless train.init brings others."""
+    begins = {"text": model.text.encoder == "scratch", "image": not model.image.pretrained, "trunk": True}
+    return {part for part, random in begins.items() if random}
 
 
 def load[T](cls: type[T], argv: list[str] | None = None, path: str | Path | None = None) -> T:
