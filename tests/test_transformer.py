@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from vla.model.attention import MultiHeadAttention
+from vla.model.fusion import CrossEncoder
 from vla.model.parameters import count_parameters, initialise_network
+from vla.model.positions import POSITIONS
 from vla.model.transformer import (
     FEED_FORWARDS,
-    POSITIONS,
     Decoder,
     DecoderLayer,
     Encoder,
@@ -91,7 +93,7 @@ def test_decoder_layer_equals_torch(norm: str, activation: str) -> None:
     torch.testing.assert_close(ours(x, memory), expected, atol=1e-12, rtol=1e-10)
 
 
-def stack(kind: type[Encoder] | type[Decoder], norm: str, n_layers: int = 2, **options: str) -> nn.Module:
+def stack(kind: type[Encoder] | type[Decoder], norm: str, n_layers: int = 2, **options: Any) -> Any:
     model = kind(n_layers, D, norm=norm, n_heads=HEADS, d_ff=FF, **options)
     initialise_network(model)
     return model.double()
@@ -184,3 +186,99 @@ def test_a_hundred_layers_train(norm: str) -> None:
     losses = torch.stack(train_deep(norm, 100))
     assert torch.isfinite(losses).all()
     assert losses[-1] < 0.2 * losses[0]  # without scaled branches: 0.45 (pre) and 0.76 (post)
+
+
+# Memory: the same numbers for less of it
+
+
+def run_stack(kind: type[Encoder] | type[Decoder], x: Tensor, **options: Any) -> list[Tensor]:
+    """Output and gradients of two layers under dropout."""
+    torch.manual_seed(1)
+    model = kind(2, D, n_heads=HEADS, d_ff=FF, dropout=0.1, **options).double()
+    initialise_network(model)
+    x = x.clone().requires_grad_()
+    torch.manual_seed(2)
+    y = model(Tokens(x, padded().pad)).x if kind is Encoder else model(x, padded())
+    y.square().sum().backward()
+    return [y, *[p.grad for p in (x, *model.parameters()) if p.grad is not None]]
+
+
+@pytest.mark.parametrize("kind", [Encoder, Decoder])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_checkpointing_changes_no_number(kind: type[Encoder] | type[Decoder], norm: str) -> None:
+    x = torch.randn(B, S, D, dtype=torch.float64)
+    torch.manual_seed(3)
+    plain = run_stack(kind, x, norm=norm)
+    torch.manual_seed(3)
+    again = run_stack(kind, x, norm=norm, checkpointing=True)
+    assert len(plain) == len(again) > 20
+    for a, b in zip(plain, again, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [Encoder, Decoder])
+@pytest.mark.parametrize("chunks", [2, 3, 100])
+def test_chunked_feed_forward_changes_no_number(kind: type[Encoder] | type[Decoder], chunks: int) -> None:
+    plain, chunked = (stack(kind, "pre").eval(), stack(kind, "pre", chunks=chunks).eval())
+    chunked.load_state_dict(plain.state_dict())  # the names are the same
+    tokens = padded()
+    inputs = (tokens,) if kind is Encoder else (torch.randn(B, H, D, dtype=torch.float64), tokens)
+    a, b = plain(*inputs), chunked(*inputs)
+    a, b = (y.x if isinstance(y, Tokens) else y for y in (a, b))
+    torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
+def test_checkpointed_layers_run_twice_and_chunked_ones_in_parts() -> None:
+    calls: list[torch.Size] = []
+    encoder = Encoder(1, D, n_heads=HEADS, d_ff=FF, checkpointing=True, chunks=3)
+    encoder.layers[0].feed_forward.register_forward_hook(lambda m, i, o: calls.append(o.shape))
+    x = torch.randn(B, S, D, requires_grad=True)
+    y = encoder(Tokens(x, torch.zeros(B, S, dtype=torch.bool))).x
+    assert [shape[1] for shape in calls] == [3, 3, 1]
+    y.sum().backward()
+    assert len(calls) > 3  # going backward stops as soon as all is there again
+
+
+# Step by step
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_cached_steps_equal_one_pass(norm: str, activation: str) -> None:
+    decoder, memory = stack(Decoder, norm, 3, activation=activation), padded()
+    x = torch.randn(B, H, D, dtype=torch.float64)
+    caches = decoder.caches(memory, H)
+    steps = [decoder.step(x[:, t : t + 1], t, caches, memory.pad) for t in range(H)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), decoder(x, memory), atol=1e-12, rtol=1e-10)
+
+
+# Cross fusion
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_cross_fusion_equals_torchs_layers(norm: str) -> None:
+    image, words, state = 4, 3, 2
+    x = torch.randn(B, image + words + state, D, dtype=torch.float64)
+    pad = torch.zeros(B, image + words + state, dtype=torch.bool)
+    pad[1, 1] = pad[2, image + 1 : image + words] = True
+    fusion = CrossEncoder(2, D, image, state, norm=norm, n_heads=HEADS, d_ff=FF, activation="relu")
+    fusion = fusion.double()
+    initialise_network(fusion)
+    asks = [*range(image), *range(image + words, image + words + state)]
+    y, text = x[:, asks], x[:, image : image + words]
+    for layer in fusion.layers:
+        theirs = nn.TransformerDecoderLayer(
+            D, HEADS, FF, 0.0, batch_first=True, norm_first=norm == "pre", dtype=torch.float64
+        )
+        initialise_network(theirs)
+        copy_layer(layer, theirs)
+        y = theirs(
+            y,
+            text,
+            tgt_key_padding_mask=pad[:, asks],
+            memory_key_padding_mask=pad[:, image : image + words],
+        )
+    expected = torch.cat([y[:, :image], text, y[:, image:]], dim=1)
+    got = fusion(Tokens(x, pad))
+    torch.testing.assert_close(got.x, fusion.norm(expected), atol=1e-12, rtol=1e-10)
+    assert torch.equal(got.pad, pad)

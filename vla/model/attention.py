@@ -4,10 +4,14 @@
 
 Departs from the formula in nothing but the kernel: the product, the masks and the softmax run
 in torch's fused scaled_dot_product_attention. tests/test_attention.py holds the formula.
+Attention for long sequences is in long_attention.py.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +31,23 @@ def keep_mask(pad: Tensor | None, queries: int, causal: bool) -> Tensor | None:
     return keep
 
 
+@dataclass
+class KeyValues:
+    """Keys and values of a sequence, (B, n, S, d) each: what decoding step by step keeps."""
+
+    k: Tensor
+    v: Tensor
+
+    def write(self, t: int, new: KeyValues) -> None:
+        """Put one token's (B, n, 1, d) in place t."""
+        self.k[:, :, t : t + 1] = new.k
+        self.v[:, :, t : t + 1] = new.v
+
+    def upto(self, t: int) -> KeyValues:
+        """Those of the tokens 0 … t."""
+        return KeyValues(self.k[:, :, : t + 1], self.v[:, :, : t + 1])
+
+
 class MultiHeadAttention(nn.Module):
     """Concat(head_1 … head_n) W_O, each head softmax(Q Kᵀ / √d) V on its share of the width."""
 
@@ -42,13 +63,34 @@ class MultiHeadAttention(nn.Module):
 
         pad: (B, S) bool, True = a memory token to ignore; causal: position t sees 0 … t only.
         """
-        heads = (self.n_heads, -1)
-        q = self.query(x).unflatten(-1, heads).transpose(1, 2)  # (B, n, Q, d)
-        k, v = self.key_value(memory).chunk(2, dim=-1)  # (B, S, D) each
-        k = k.unflatten(-1, heads).transpose(1, 2)  # (B, n, S, d)
-        v = v.unflatten(-1, heads).transpose(1, 2)  # (B, n, S, d)
-        keep = keep_mask(pad, x.shape[1], causal)
-        y = F.scaled_dot_product_attention(
-            q, k, v, keep, self.dropout if self.training else 0.0, is_causal=causal and keep is None
-        )  # (B, n, Q, d)
+        return self.answer(x, self.key_values(memory), pad, causal)
+
+    def answer(self, x: Tensor, memory: KeyValues, pad: Tensor | None = None, causal: bool = False) -> Tensor:
+        """`forward` with the memory's keys and values computed before."""
+        y = self.attend(self.split(self.query(x)), memory.k, memory.v, pad, causal)  # (B, n, Q, d)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, Q, D)
+
+    def key_values(self, memory: Tensor) -> KeyValues:
+        """(B, S, D) -> keys and values by heads."""
+        k, v = self.key_value(memory).chunk(2, dim=-1)  # (B, S, D) each
+        return KeyValues(self.split(k), self.split(v))
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, S, D) -> heads (B, n, S, d)."""
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None, causal: bool) -> Tensor:
+        """softmax(Q Kᵀ / √d) V by heads: q (B, n, Q, d), k and v (B, n, S, d) -> (B, n, Q, d)."""
+        keep = keep_mask(pad, q.shape[2], causal)
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, keep, dropout, is_causal=causal and keep is None)
+
+    @torch.no_grad()
+    def weights(self, x: Tensor, memory: Tensor, pad: Tensor | None = None, causal: bool = False) -> Tensor:
+        """softmax(Q Kᵀ / √d), (B, n, Q, S) float32: what `forward` weighs the values by; to look at."""
+        q, k = self.split(self.query(x)).float(), self.key_values(memory).k.float()
+        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # (B, n, Q, S)
+        none = x.new_zeros(len(memory), memory.shape[1], dtype=torch.bool)
+        keep = keep_mask(none if pad is None else pad, q.shape[2], causal)
+        assert keep is not None
+        return scores.masked_fill(~keep, -torch.inf).softmax(dim=-1)

@@ -9,16 +9,19 @@ ReLU; initialisation scaled by depth (vla/model/parameters.py). `post` with `rel
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from vla.model.attention import MultiHeadAttention
+from vla.model.attention import KeyValues, MultiHeadAttention
 from vla.observation import Tokens
+
+Attention = Callable[[int, int, float], MultiHeadAttention]  # (d_model, n_heads, dropout)
 
 
 class PreNorm(nn.Module):
@@ -92,8 +95,32 @@ FEED_FORWARDS: dict[str, Callable[[int, int, float], nn.Module]] = {
 }
 
 
+def at_once(layer: Callable[[Tensor], Tensor], x: Tensor, parts: int) -> Tensor:
+    return layer(x)
+
+
+def in_parts(layer: Callable[[Tensor], Tensor], x: Tensor, parts: int) -> Tensor:
+    """A layer that treats every token alike, on (B, S, D) in parts of S, one after the other (Kitaev et al.
+    2020, section 3): its widest activation is that much smaller.
+    """
+    return torch.cat([layer(part) for part in x.chunk(parts, dim=1)], dim=1)
+
+
+def kept(layer: Callable[..., Any], *inputs: Any) -> Any:
+    return layer(*inputs)
+
+
+def recomputed(layer: Callable[..., Any], *inputs: Any) -> Any:
+    """Forget a layer's activations, compute them again going backward (Chen et al. 2016)."""
+    return checkpoint(layer, *inputs, use_reentrant=False)
+
+
+CHUNKING = {False: at_once, True: in_parts}
+ACTIVATIONS = {False: kept, True: recomputed}
+
+
 class EncoderLayer(nn.Module):
-    """Self-attention, feed-forward."""
+    """Self-attention, feed-forward. causal: token t sees 0 … t only; chunks: see `in_parts`."""
 
     def __init__(
         self,
@@ -103,22 +130,34 @@ class EncoderLayer(nn.Module):
         dropout: float = 0.0,
         norm: str = "pre",
         activation: str = "gelu",
+        causal: bool = False,
+        chunks: int = 1,
+        attention: Attention = MultiHeadAttention,
     ) -> None:
         super().__init__()
-        self.attention = MultiHeadAttention(d_model, n_heads, dropout)
+        self.causal, self.chunks, self.in_chunks = causal, chunks, CHUNKING[chunks > 1]
+        self.attention = attention(d_model, n_heads, dropout)
         self.feed_forward = FEED_FORWARDS[activation](d_model, d_ff, dropout)
         self.around_attention = NORMS[norm](d_model, dropout)
         self.around_feed_forward = NORMS[norm](d_model, dropout)
 
     def forward(self, tokens: Tokens) -> Tokens:
         """(B, S, D) with padding -> the same."""
-        x = self.around_attention(tokens.x, lambda x: self.attention(x, x, tokens.pad))
-        x = self.around_feed_forward(x, self.feed_forward)
+        x = self.around_attention(tokens.x, lambda x: self.attention(x, x, tokens.pad, self.causal))
+        x = self.around_feed_forward(x, lambda x: self.in_chunks(self.feed_forward, x, self.chunks))
         return Tokens(x, tokens.pad)
 
 
+@dataclass
+class Cache:
+    """What a decoder layer keeps while decoding: of the action tokens so far, and of the memory."""
+
+    own: KeyValues
+    memory: KeyValues
+
+
 class DecoderLayer(nn.Module):
-    """Causal self-attention, cross-attention to the memory, feed-forward."""
+    """Self-attention, causal unless said otherwise, cross-attention to the memory, feed-forward."""
 
     def __init__(
         self,
@@ -128,93 +167,92 @@ class DecoderLayer(nn.Module):
         dropout: float = 0.0,
         norm: str = "pre",
         activation: str = "gelu",
+        causal: bool = True,
+        chunks: int = 1,
+        attention: Attention = MultiHeadAttention,
     ) -> None:
         super().__init__()
-        self.attention = MultiHeadAttention(d_model, n_heads, dropout)
+        self.causal, self.chunks, self.in_chunks = causal, chunks, CHUNKING[chunks > 1]
+        self.attention = attention(d_model, n_heads, dropout)
         self.cross_attention = MultiHeadAttention(d_model, n_heads, dropout)
         self.feed_forward = FEED_FORWARDS[activation](d_model, d_ff, dropout)
         self.around_attention = NORMS[norm](d_model, dropout)
         self.around_cross_attention = NORMS[norm](d_model, dropout)
         self.around_feed_forward = NORMS[norm](d_model, dropout)
 
-    def forward(self, x: Tensor, memory: Tokens) -> Tensor:
-        """x: (B, H, D), memory: (B, S, D) with padding -> (B, H, D)."""
-        x = self.around_attention(x, lambda x: self.attention(x, x, causal=True))
+    def forward(self, x: Tensor, memory: Tokens, pad: Tensor | None = None) -> Tensor:
+        """x: (B, H, D) with padding (B, H), memory: (B, S, D) with padding -> (B, H, D)."""
+        x = self.around_attention(x, lambda x: self.attention(x, x, pad, self.causal))
         x = self.around_cross_attention(x, lambda x: self.cross_attention(x, memory.x, memory.pad))
+        return self.around_feed_forward(x, lambda x: self.in_chunks(self.feed_forward, x, self.chunks))
+
+    def cache(self, memory: Tensor, length: int) -> Cache:
+        """Room for `length` tokens, and the keys and values of the memory (B, S, D), computed once."""
+        known = self.cross_attention.key_values(memory)
+        room = known.k.new_zeros(len(memory), known.k.shape[1], length, known.k.shape[3])  # (B, n, H, d)
+        return Cache(KeyValues(room, room.clone()), known)
+
+    def step(self, x: Tensor, t: int, cache: Cache, pad: Tensor) -> Tensor:
+        """`forward` for token t alone, x (B, 1, D), after the tokens 0 … t - 1 went through."""
+
+        def attend_to_past(x: Tensor) -> Tensor:
+            cache.own.write(t, self.attention.key_values(x))
+            return self.attention.answer(x, cache.own.upto(t))
+
+        x = self.around_attention(x, attend_to_past)
+        x = self.around_cross_attention(x, lambda x: self.cross_attention.answer(x, cache.memory, pad))
         return self.around_feed_forward(x, self.feed_forward)
 
 
-class Encoder(nn.Module):
-    """n layers over the multimodal sequence; its output is the memory. `layer`: see EncoderLayer."""
+class Stack(nn.Module):
+    """n layers, and the norm that ends them. `layer`: see the kind's own; checkpointing: see `recomputed`."""
 
-    def __init__(self, n_layers: int, d_model: int, norm: str = "pre", **layer: Any) -> None:
+    def __init__(
+        self,
+        kind: Callable[..., nn.Module],
+        n_layers: int,
+        d_model: int,
+        norm: str = "pre",
+        checkpointing: bool = False,
+        **layer: Any,
+    ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(d_model, norm=norm, **layer) for _ in range(n_layers))
+        self.layers = nn.ModuleList(kind(d_model, norm=norm, **layer) for _ in range(n_layers))
         self.norm = NORMS[norm].final(d_model)
+        self.run = ACTIVATIONS[checkpointing]
+
+
+class Encoder(Stack):
+    """The layers over the multimodal sequence; its output is the memory."""
+
+    def __init__(self, n_layers: int, d_model: int, **options: Any) -> None:
+        super().__init__(EncoderLayer, n_layers, d_model, **options)
 
     def forward(self, tokens: Tokens) -> Tokens:
         """(B, S, D) with padding -> the same."""
         for layer in self.layers:
-            tokens = layer(tokens)
+            tokens = self.run(layer, tokens)
         return Tokens(self.norm(tokens.x), tokens.pad)
 
 
-class Decoder(nn.Module):
-    """n causal layers over the action tokens. `layer`: see DecoderLayer."""
+class Decoder(Stack):
+    """The causal layers over the action tokens."""
 
-    def __init__(self, n_layers: int, d_model: int, norm: str = "pre", **layer: Any) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(DecoderLayer(d_model, norm=norm, **layer) for _ in range(n_layers))
-        self.norm = NORMS[norm].final(d_model)
+    def __init__(self, n_layers: int, d_model: int, **options: Any) -> None:
+        super().__init__(DecoderLayer, n_layers, d_model, **options)
 
     def forward(self, x: Tensor, memory: Tokens) -> Tensor:
         """x: (B, H, D), memory: (B, S, D) with padding -> (B, H, D); t depends on 0 … t only."""
         for layer in self.layers:
-            x = layer(x, memory)
+            x = self.run(layer, x, memory)
         return self.norm(x)
 
+    def caches(self, memory: Tokens, length: int) -> list[Cache]:
+        """Empty caches for `length` steps, one per layer."""
+        return [cast(DecoderLayer, layer).cache(memory.x, length) for layer in self.layers]
 
-class SinusoidalPositions(nn.Module):
-    """PE(p, 2i) = sin(p / 10000^(2i/D)), PE(p, 2i + 1) = cos(same); for any length."""
-
-    table: Tensor
-
-    def __init__(self, length: int, d_model: int) -> None:
-        super().__init__()
-        self.d_model = d_model
-        self.register_buffer("table", self.rows(length), persistent=False)
-
-    def rows(self, length: int) -> Tensor:
-        """(length, D) float32; computed in float64, where 10000^x keeps its digits."""
-        position = torch.arange(length, dtype=torch.float64)[:, None]
-        even = torch.arange(0, self.d_model, 2, dtype=torch.float64)
-        angle = position * torch.exp(even * (-math.log(10_000.0) / self.d_model))  # (length, ceil(D / 2))
-        return torch.stack((angle.sin(), angle.cos()), dim=2).flatten(1)[:, : self.d_model].float()
-
-    def forward(self, length: int) -> Tensor:
-        """(length, D)."""
-        known = length <= len(self.table)
-        return self.table[:length] if known else self.rows(length).to(self.table.device)
-
-
-class LearnedPositions(nn.Module):
-    """One free vector per position, up to the length it was built with."""
-
-    def __init__(self, length: int, d_model: int) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.empty(length, d_model))
-
-    def forward(self, length: int) -> Tensor:
-        """(length, D). Raises ValueError beyond its own length."""
-        if length > len(self.table):
-            raise ValueError(
-                f"Learned positions end at {len(self.table)}. got: a sequence of {length}. "
-                "expected: at most the length of training. remedy: use sinusoidal positions."
-            )
-        return self.table[:length]
-
-
-POSITIONS: dict[str, type[SinusoidalPositions] | type[LearnedPositions]] = {
-    "sinusoidal": SinusoidalPositions,
-    "learned": LearnedPositions,
-}
+    def step(self, x: Tensor, t: int, caches: list[Cache], pad: Tensor) -> Tensor:
+        """`forward` for token t alone: x (B, 1, D) -> (B, 1, D); pad: the memory's, (B, S)."""
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = cast(DecoderLayer, layer).step(x, t, cache, pad)
+        return self.norm(x)
