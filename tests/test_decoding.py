@@ -1,0 +1,100 @@
+"""Decoding: step by step with caches against whole passes without, and what the tokens carry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from toy_run import toy_model
+
+from vla.data.normalize import DimensionStatistics, Normalizer
+from vla.model.decoding import DECODINGS, Autoregressive
+from vla.model.heads import HEADS
+from vla.model.parameters import initialise_network
+from vla.model.transformer import Decoder
+from vla.observation import Tokens
+
+B, H, S, A, D = 3, 5, 7, 2, 32
+
+
+def normalizer() -> Normalizer:
+    rows = torch.randn(200, A, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
+    return Normalizer(DimensionStatistics.of(rows.double().numpy()))
+
+
+class Parts:
+    """A decoder, its head and a memory, in float64."""
+
+    def __init__(self, head: str, norm: str, decoding: str = "autoregressive") -> None:
+        torch.manual_seed(0)
+        config = toy_model(chunk_size=H, head=head, decoding=decoding, bins=16, dropout=0.0, norm=norm)
+        self.actions = DECODINGS[decoding](config, A)
+        self.decoder = Decoder(2, D, norm=norm, n_heads=2, d_ff=64)
+        self.head = HEADS[head](config, normalizer())
+        for part in (self.actions, self.decoder, self.head):
+            initialise_network(part)
+            part.double().eval()
+        x = torch.randn(B, S, D, dtype=torch.float64)
+        self.memory = Tokens(x, torch.arange(S) >= S - torch.arange(B)[:, None])
+
+    def generate(self, prefix: Tensor, length: Tensor) -> Tensor:
+        committed = torch.arange(H) < length[:, None]
+        known = torch.where(committed[..., None], prefix, 0)
+        return self.actions.generate(self.decoder, self.head, self.memory, known, committed)
+
+    def uncached(self, prefix: Tensor, length: Tensor) -> Tensor:
+        """H whole passes over all tokens, each of which settles one more action."""
+        chunk = torch.zeros(B, H, A, dtype=torch.float64)
+        for t in range(H):
+            given = t < length
+            hidden = self.decoder(self.actions(chunk, torch.zeros(B, H, dtype=torch.bool)), self.memory)
+            chunk[:, t] = torch.where(
+                given[:, None], prefix[:, t], self.head.decode(hidden[:, t : t + 1])[:, 0]
+            )
+        return chunk
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("head", ["l1", "bins", "gmm"])
+@torch.no_grad()
+def test_cached_decoding_equals_uncached(head: str, norm: str) -> None:
+    parts, prefix = Parts(head, norm), torch.randn(B, H, A, dtype=torch.float64)
+    for length in (torch.zeros(B, dtype=torch.int64), torch.tensor([0, 2, H])):
+        cached, uncached = parts.generate(prefix, length), parts.uncached(prefix, length)
+        torch.testing.assert_close(cached.double(), uncached, atol=1e-6, rtol=1e-6)  # heads answer in float32
+        for i in range(B):
+            assert torch.equal(cached[i, : length[i]].double(), prefix[i, : length[i]])
+
+
+@torch.no_grad()
+def test_a_generated_chunk_is_what_teacher_forcing_answers_to_it() -> None:
+    parts = Parts("l1", "pre")
+    none = torch.zeros(B, H, dtype=torch.bool)
+    chunk = parts.generate(torch.zeros(B, H, A, dtype=torch.float64), torch.zeros(B, dtype=torch.int64))
+    hidden = parts.decoder(parts.actions(chunk.double(), none), parts.memory)
+    torch.testing.assert_close(parts.head.decode(hidden), chunk.float(), atol=1e-6, rtol=1e-6)
+
+
+def test_a_token_carries_the_action_before_it() -> None:
+    actions = Parts("l1", "pre").actions
+    assert isinstance(actions, Autoregressive)
+    given = torch.randn(B, H, A, dtype=torch.float64)
+    x = actions(given, torch.zeros(B, H, dtype=torch.bool)) - actions.positions(H)
+    torch.testing.assert_close(x[:, 0], actions.start.expand(B, -1))
+    torch.testing.assert_close(x[:, 1:], actions.previous(given[:, :-1]))
+
+
+def test_open_tokens_carry_nothing_and_committed_ones_their_action() -> None:
+    actions = Parts("l1", "pre", "parallel").actions
+    given = torch.randn(B, H, A, dtype=torch.float64)
+    committed = torch.arange(H) < torch.tensor([0, 2, H])[:, None]
+    x = actions(given, committed) - actions.positions(H)
+    torch.testing.assert_close(x[~committed], actions.open.expand(int((~committed).sum()), -1))
+    torch.testing.assert_close(x[committed], actions.committed(given[committed]))
+
+
+def test_each_layer_runs_once_per_step() -> None:
+    parts, lengths = Parts("l1", "pre"), []
+    parts.decoder.layers[0].feed_forward.register_forward_hook(lambda m, i, o: lengths.append(o.shape[1]))
+    parts.generate(torch.zeros(B, H, A, dtype=torch.float64), torch.zeros(B, dtype=torch.int64))
+    assert lengths == [1] * H
