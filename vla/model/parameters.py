@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vla.config import ModelConfig
+from vla.model.lora import ADAPTER
 
 EMBEDDING_STD = 0.5  # the order of the sinusoids (0.7) and of the projected tokens they are added to
 STACKS = ("layers", "blocks")  # what a stack of residual layers is called, here and in timm
@@ -68,7 +69,8 @@ def parameter_groups(model: nn.Module, config: ModelConfig, weight_decay: float)
     """Groups for AdamW: `params`, `weight_decay`, and `lr_multiplier` for the training step to apply.
 
     Only weights of linear and convolutional layers decay; norms, biases and embeddings do not.
-    The image backbone and the text encoder carry their multipliers from `config`.
+    The image backbone and the text encoder carry their multipliers from `config`; their adapters,
+    which begin at zero and have nothing to keep, do not.
     """
     matrices = {
         id(module.weight)
@@ -82,13 +84,21 @@ def parameter_groups(model: nn.Module, config: ModelConfig, weight_decay: float)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            multiplier = next((m for prefix, m in multipliers.items() if name.startswith(prefix)), 1.0)
+            multiplier = next(
+                (m for prefix, m in multipliers.items() if name.startswith(prefix) and ADAPTER not in name),
+                1.0,
+            )
             decay = weight_decay if id(parameter) in matrices else 0.0
             groups.setdefault((multiplier, decay), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "lr_multiplier": multiplier}
         for (multiplier, decay), parameters in groups.items()
     ]
+
+
+def trains(module: nn.Module) -> bool:
+    """Whether anything in it takes a gradient: all of it, or the adapters of a frozen module."""
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def count_parameters(model: nn.Module) -> int:
