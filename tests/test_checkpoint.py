@@ -15,8 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from toy_run import toy_job, toy_model, toy_step, toy_store
+from transformers import T5Config, T5EncoderModel
 
 from vla.config import Job, TextConfig
+from vla.model.text import quietly
 from vla.policy import Policy
 from vla.training import checkpoint
 from vla.training.checkpoint import CheckpointError
@@ -173,6 +175,20 @@ def test_tuned_text_comes_back(tmp_path: Path) -> None:
     name = "text.encoder.embeddings.word_embeddings.weight"
     assert torch.equal(loaded.state_dict()[name], state[f"average.{name}"])
     assert not torch.equal(loaded.state_dict()[name], toy_step(job).model.state_dict()[name])
+
+
+def test_the_average_of_tied_weights_comes_back(tmp_path: Path) -> None:
+    """T5 has two names for its embedding."""
+    folder = shutil.copytree(toy_model().text.encoder, tmp_path / "t5")
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    with quietly():
+        T5EncoderModel(T5Config(vocab_size=99, **sizes)).save_pretrained(folder)
+    text = TextConfig(encoder=str(folder), frozen=False, lr_multiplier=1.0)
+    path = train(toy_job(tmp_path / "run", toy_model(text=text), steps=2), toy_store())
+    state, (loaded, _, _) = load_file(path / "training.safetensors"), checkpoint.load_model(path)
+    average = state["average.text.encoder.shared.weight"]
+    assert not torch.equal(average, state["weights.text.encoder.shared.weight"])
+    assert torch.equal(loaded.text.encoder.encoder.embed_tokens.weight, average)
 
 
 def test_a_checkpoint_needs_nothing_beside_itself(copy: Path, run: Path) -> None:

@@ -112,12 +112,14 @@ class Observation:
     """What the model sees; nothing else reaches it.
 
     images: camera -> (B, T, 3, h, w) uint8; state: (B, T, P) float32 in robot units;
-    text: the instruction's features from the text encoder, (B, L, text width), with padding.
+    text: the instruction's features from the text encoder, (B, L, text width), with padding;
+    absent: (B, C) bool, True where a camera (in alphabetical order) shows nothing; None: all are there.
     """
 
     images: dict[str, Tensor]
     state: Tensor
     text: Tokens
+    absent: Tensor | None = None
 
 
 @dataclass

@@ -66,17 +66,23 @@ class Policy:
     ) -> np.ndarray:
         """Predict the next H actions for B robots at once.
 
-        images: camera -> (B, T, h, w, 3) uint8, oldest first; state: (B, T, P) in robot units;
+        images: camera -> (B, T, h, w, 3) uint8, oldest first; a policy trained with camera_dropout
+        does without some of its cameras, but not without all; state: (B, T, P) in robot units;
         tasks: B instructions; prefix: (B, H, A) actions already committed, of which the first
         prefix_length (B,) count. Returns (B, H, A) float32 in robot units, inside the limits of
         the demonstrations; committed actions come back unchanged in their places.
         Raises ValueError when something does not fit the network.
         """
         self._check(images, state, tasks, prefix, prefix_length)
+        blank = np.zeros_like(next(iter(images.values())))
+        names = sorted(self.features.cameras)
+        seen = {name: self._tensor(images.get(name, blank)) for name in names}
+        absent = torch.tensor([name not in images for name in names], device=self.device)
         observation = Observation(
-            images={name: self._tensor(image).permute(0, 1, 4, 2, 3) for name, image in images.items()},
+            images={name: image.permute(0, 1, 4, 2, 3) for name, image in seen.items()},
             state=self._tensor(state).float(),
             text=self.text(list(tasks)),
+            absent=absent.expand(len(state), -1) if len(images) < len(names) else None,
         )
         committed = None if prefix is None else self._tensor(prefix).float()
         length = None if prefix_length is None else self._tensor(prefix_length)
@@ -102,7 +108,7 @@ class Policy:
         prefix_length: np.ndarray | None,
     ) -> None:
         features, b, t = self.features, len(tasks), self.n_obs_steps
-        fit("cameras", sorted(images), sorted(features.cameras))
+        self._check_cameras(set(images))
         for name, image in images.items():
             fit(f"type of camera {name}", str(image.dtype), "uint8")
             got = (*image.shape[:2], "h", "w", image.shape[4]) if image.ndim == 5 else image.shape
@@ -119,6 +125,16 @@ class Policy:
             )
         fit("shape of the prefix", prefix.shape, (b, self.chunk_size, features.action_dim))
         fit("shape of prefix_length", prefix_length.shape, (b,))
+
+    def _check_cameras(self, got: set[str]) -> None:
+        expected = set(self.features.cameras)
+        if got and got < expected and self.job.model.camera_dropout == 0:
+            raise ValueError(
+                f"The policy cannot do without a camera. got: {sorted(got)}. expected: {sorted(expected)}. "
+                "remedy: show it all cameras, or train one with model.camera_dropout=0.2."
+            )
+        if not got or not got <= expected:
+            fit("cameras", sorted(got), sorted(expected))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)

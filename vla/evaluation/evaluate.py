@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vla.config import Job
+from vla.config import Job, require
 from vla.control.schedule import Receding, make_schedule
 from vla.evaluation import episodes as plan
 from vla.evaluation.episodes import Row
@@ -105,6 +105,11 @@ def evaluate(policy: ChunkPolicy | None, job: Job, *, progress: bool = True) -> 
     to be found or does not fit the policy; EnvironmentCrash when it fails on the way.
     """
     config, folder = job.evaluate, Path(job.output)
+    if policy is not None:
+        require(
+            set(config.without) < set(policy.features.cameras) or not config.without,
+            "evaluate.without", list(config.without), f"some of {sorted(policy.features.cameras)}, not all",
+        )  # fmt: skip
     start = time.perf_counter()
     todo = plan.standard_episodes(config)
     n_slots = min(config.slots, len(todo))
@@ -130,7 +135,7 @@ def evaluate(policy: ChunkPolicy | None, job: Job, *, progress: bool = True) -> 
         if policy is not None:
             policy.features.require(workers.features, f"The environment {job.env.id}", closed_loop=True)
         remove_films(folder)
-        rollouts = Rollouts(workers, schedules, policy, folder)
+        rollouts = Rollouts(workers, schedules, policy, folder, config.without)
         rows = rollouts.play(todo, controls if config.controls else None, progress)
         film_failures(rollouts, rows, config.videos // 2)
     rollouts.clock.wall_s = time.perf_counter() - start

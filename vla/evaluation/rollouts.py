@@ -56,12 +56,22 @@ class Clock:
 
 
 class Rollouts:
-    """Plays episodes in the slots of `workers`. Without a policy the environment's expert plays."""
+    """Plays episodes in the slots of `workers`. Without a policy the environment's expert plays.
+
+    without: cameras that the policy is not shown.
+    """
 
     def __init__(
-        self, workers: Workers, schedules: Sequence[Schedule], policy: ChunkPolicy | None, folder: Path
+        self,
+        workers: Workers,
+        schedules: Sequence[Schedule],
+        policy: ChunkPolicy | None,
+        folder: Path,
+        without: Sequence[str] = (),
     ) -> None:
         self.workers, self.schedules, self.policy, self.folder = workers, schedules, policy, folder
+        wanted = policy.features.cameras if policy else {}  # the environment may show more
+        self.cameras = sorted(set(wanted) - set(without))
         self.texts = [""] * len(schedules)  # what the policy is told, by slot
         self.active: dict[int, Row] = {}
         self.clock = Clock()
@@ -108,8 +118,7 @@ class Rollouts:
         """
         assert self.policy is not None
         start = time.perf_counter()
-        wanted = self.policy.features.cameras  # the environment may show more
-        images = {name: np.array(self.workers.images[IMAGES + name]) for name in wanted}
+        images = {name: np.array(self.workers.images[IMAGES + name]) for name in self.cameras}
         chunks = np.asarray(self.policy.predict_chunk(images, np.array(self.workers.state), list(self.texts)))
         expected = (len(self.schedules), self.policy.chunk_size, self.workers.actions.shape[-1])
         if chunks.shape != expected:

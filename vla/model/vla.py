@@ -16,38 +16,30 @@ Normalisation lives inside: uint8 images and raw state go in, robot units come o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vla.config import ModelConfig
+from vla.architecture import ModelConfig
+from vla.checks import require
 from vla.data.normalize import Normalizer, Statistics
+from vla.model.decoding import DECODINGS
+from vla.model.fusion import FUSIONS
 from vla.model.heads import HEADS
 from vla.model.image import Augment
+from vla.model.long_attention import ATTENTIONS
+from vla.model.lora import adapt
 from vla.model.parameters import count_parameters, initialise_network, parameter_groups
 from vla.model.text import TextTokens
 from vla.model.tokens import MultimodalTokens
-from vla.model.transformer import POSITIONS, Decoder, Encoder
+from vla.model.transformer import Decoder
 from vla.observation import ACTION, Batch, Features, Observation, Tokens
 
 __all__ = ["VLA", "count_parameters", "parameter_groups"]
-
-
-class ActionTokens(nn.Module):
-    """The decoder's input: H open tokens, of which the first ones may carry committed actions."""
-
-    def __init__(self, config: ModelConfig, action_dim: int) -> None:
-        super().__init__()
-        self.open = nn.Parameter(torch.empty(config.d_model))
-        self.committed = nn.Linear(action_dim, config.d_model)
-        self.positions = POSITIONS[config.positions](config.chunk_size, config.d_model)
-
-    def forward(self, actions: Tensor, committed: Tensor) -> Tensor:
-        """actions: (B, H, A) normalised, read where committed (B, H) bool is True. -> (B, H, D)."""
-        x = torch.where(committed[..., None], self.committed(actions), self.open)
-        return x + self.positions(actions.shape[1])
 
 
 class VLA(nn.Module):
@@ -56,6 +48,7 @@ class VLA(nn.Module):
     statistics: of the data it is trained on, for normalisation and for the limits of actions.
     text_folder: a text encoder saved by `text.save`, instead of the configured one. It belongs to
     a checkpoint, which also brings the image weights: nothing is fetched from a hub then.
+    instructions: of the data; a text encoder from scratch learns its words from them.
     Raises ConfigError and ValueError when a backbone or encoder cannot be built.
     """
 
@@ -65,22 +58,33 @@ class VLA(nn.Module):
         features: Features,
         statistics: Statistics,
         text_folder: str | Path | None = None,
+        instructions: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.config, self.features = config, features
+        require(
+            config.camera_dropout == 0 or len(features.cameras) > 1,
+            "model.camera_dropout", config.camera_dropout, f"0 with one camera ({', '.join(features.cameras)})",
+        )  # fmt: skip
+        self.text = TextTokens(config.text, text_folder, instructions)
+        self.tokens = MultimodalTokens(config, features, statistics, self.text.width, text_folder is None)
         layer: dict[str, Any] = {
             name: getattr(config, name)
-            for name in ("d_model", "n_heads", "d_ff", "dropout", "norm", "activation")
-        }
-        self.text = TextTokens(config.text, text_folder)
-        self.tokens = MultimodalTokens(config, features, statistics, self.text.width, text_folder is None)
-        self.encoder = Encoder(config.n_encoder_layers, **layer)
-        self.actions = ActionTokens(config, features.action_dim)
+            for name in ("d_model", "n_heads", "d_ff", "dropout", "norm", "activation", "checkpointing")
+        } | {"chunks": config.feed_forward_chunks}
+        n_image = config.n_obs_steps * len(features.cameras) * self.tokens.image.count
+        longest = n_image + config.text.max_tokens + config.n_obs_steps
+        attention = partial(ATTENTIONS[config.attention.kind], config=config.attention, length=longest)
+        self.encoder = FUSIONS[config.fusion](
+            config.n_encoder_layers, n_image=n_image, n_state=config.n_obs_steps, attention=attention, **layer
+        )
+        self.actions = DECODINGS[config.decoding](config, features.action_dim)
         self.decoder = Decoder(config.n_decoder_layers, **layer)
-        self.head = HEADS[config.head](config.d_model, features.action_dim)
         self.normalizer = Normalizer(statistics[ACTION])
+        self.head = HEADS[config.head](config, self.normalizer)
         foreign = [] if config.image.backbone == "scratch" else [self.tokens.image.backbone]
         initialise_network(self, keep=[self.text, *foreign])
+        adapt(self, config.lora)
 
     def encode(self, observation: Observation, augment: Augment | None = None) -> Tokens:
         """The memory, (B, S, D) with its padding."""
@@ -97,22 +101,23 @@ class VLA(nn.Module):
         return self.decoder(self.actions(actions, committed), memory)
 
     def loss(
-        self, batch: Batch, text: Tokens, augment: Augment | None = None
+        self, batch: Batch, text: Tokens, augment: Augment | None = None, measure: bool = True
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Behaviour cloning: the head's loss over the actions that are neither padding nor prefix.
 
         text: the features of each sample's instruction (B, L, W); augment: see ImageTokens. In
         training mode samples carry prefixes as configured, in evaluation mode none does.
-        Returns the scalar and numbers to log, all on the device: action_error, the mean absolute
-        error in robot units.
+        Returns the scalar and numbers to log, all on the device, none unless `measure`: action_error,
+        the mean absolute error in robot units, for which the head must decode.
         """
         target = self.normalizer.normalize(batch.action)  # (B, H, A)
         committed = self.leading(self.draw_prefixes(len(target), target.device))  # (B, H)
-        hidden = self(Observation(batch.images, batch.state, text), target, committed, augment)  # (B, H, D)
+        absent = self.draw_absent(len(target), target.device)  # (B, C)
+        observation = Observation(batch.images, batch.state, text, absent)
+        hidden = self(observation, target, committed, augment)  # (B, H, D)
         ignore = batch.action_is_pad | committed  # (B, H)
-        return self.head.loss(hidden, target, ignore), {
-            "action_error": self.error(hidden, batch.action, ignore)
-        }
+        loss = self.head.loss(hidden, target, ignore)
+        return loss, {"action_error": self.error(hidden, batch.action, ignore)} if measure else {}
 
     @torch.no_grad()
     def error(self, hidden: Tensor, action: Tensor, ignore: Tensor) -> Tensor:
@@ -121,20 +126,36 @@ class VLA(nn.Module):
         return torch.where(ignore, 0, error).sum() / (~ignore).sum().clamp(min=1)
 
     def predict_chunk(
-        self, observation: Observation, prefix: Tensor | None = None, prefix_length: Tensor | None = None
+        self,
+        observation: Observation,
+        prefix: Tensor | None = None,
+        prefix_length: Tensor | None = None,
+        sample: bool = False,
     ) -> Tensor:
         """The next H actions (B, H, A) in robot units, float32, inside the limits of the data.
 
         prefix: (B, H, A) robot units, of which the first prefix_length (B,) int64 are already
         committed; they come back unchanged in their places, and the rest continues them.
+        sample: draw from the head's distribution instead of taking its one deterministic answer.
         """
         shape = (len(observation.state), self.config.chunk_size, self.features.action_dim)
         if prefix is None or prefix_length is None:
             prefix, prefix_length = observation.state.new_zeros(shape), observation.state.new_zeros(shape[:1])
         committed = self.leading(prefix_length)  # (B, H)
-        hidden = self(observation, self.normalizer.normalize(prefix), committed)  # (B, H, D)
-        chunk = self.normalizer.clip(self.normalizer.unnormalize(self.head.decode(hidden)))
+        known = torch.where(committed[..., None], self.normalizer.normalize(prefix), 0)  # (B, H, A)
+        memory = self.encode(observation)
+        chunk = self.actions.generate(self.decoder, self.head, memory, known, committed, sample)
+        chunk = self.normalizer.clip(self.normalizer.unnormalize(chunk))
         return torch.where(committed[..., None], prefix, chunk)
+
+    def draw_absent(self, batch: int, device: torch.device) -> Tensor | None:
+        """(B, C) bool, one camera of the configured share of samples; None when not training."""
+        if not self.training or self.config.camera_dropout == 0:
+            return None
+        cameras = len(self.features.cameras)
+        some = torch.rand(batch, 1, device=device) < self.config.camera_dropout
+        which = torch.randint(cameras, (batch, 1), device=device)
+        return some & (torch.arange(cameras, device=device) == which)
 
     def draw_prefixes(self, batch: int, device: torch.device) -> Tensor:
         """Prefix lengths (B,) int64: mostly 0, else uniform in 1 … max_prefix; 0 when not training."""

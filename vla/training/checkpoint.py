@@ -4,9 +4,9 @@
         config.yaml          the whole job
         features.json        cameras, state and action sizes of the data
         statistics.json      normalisation
-        model.safetensors    the averaged weights, which the policy runs
+        model.safetensors    the averaged weights, adapters merged, which the policy runs
         text/                tokenizer and text encoder, as transformers reads them
-        training.safetensors live weights, optimiser, average, random states: for --resume
+        training.safetensors live and frozen weights, optimiser, average, random states: for --resume
         manifest.json        sha256 of every file above and of the manifest itself, and the step
 
 A folder is written under another name and renamed, so that one which exists is complete.
@@ -22,11 +22,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vla.config import ConfigError, Job, dump, load
+from vla.config import ConfigError, Job, LoraConfig, ModelConfig, dump, load
 from vla.data.normalize import Statistics
+from vla.model.lora import is_adapted, merged
 from vla.model.vla import VLA
 from vla.observation import Features
 from vla.system import sha256
@@ -46,8 +48,9 @@ def save(
 ) -> Path:  # fmt: skip
     """Write checkpoint `step` into `folder` and delete all but the newest `keep`.
 
-    weights: the averaged trainable weights by name; frozen image weights are added here, a
-    frozen text encoder lies in text/, linked from the previous checkpoint when it is the same.
+    weights: the averaged trainable weights by name; frozen image weights are added here. A frozen
+    text encoder lies in text/, linked from the previous checkpoint; a tuned one is among the
+    weights, and text/ says how it is built.
     """
     final = folder / f"step_{step:08d}"
     partial = folder / f".{final.name}.partial"
@@ -62,7 +65,7 @@ def save(
         shutil.copytree(older[-1] / "text", partial / "text", copy_function=_link)
     else:
         model.text.save(partial / "text")
-    save_file(_deployed(model, weights), partial / "model.safetensors")
+    save_file(_deployed(model, weights, job.model), partial / "model.safetensors")
     save_file({n: t.cpu().contiguous() for n, t in training.items()}, partial / "training.safetensors")
     write_manifest(partial, step)
     for path in [*partial.rglob("*"), partial]:
@@ -110,11 +113,14 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _deployed(model: VLA, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    frozen_text = "text.encoder." if model.config.text.frozen else "\0"
-    state = {n: t for n, t in model.state_dict().items() if not n.startswith(frozen_text)}
-    state |= {n: t for n, t in weights.items() if n in state}
-    return {n: t.detach().cpu().contiguous() for n, t in state.items()}
+def _deployed(model: VLA, weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """What a policy of `config` needs beside text/, under the names of a network without adapters."""
+    live: dict[str, Tensor] = model.state_dict()
+    averaged = {live[n].data_ptr(): w for n, w in weights.items()}  # by place: T5 has two names for one
+    state = merged(model, {n: averaged.get(t.data_ptr(), t) for n, t in live.items()})
+    tuned = not config.text.frozen or is_adapted(config, "text")
+    state = {n: t for n, t in state.items() if tuned or not n.startswith("text.encoder.")}
+    return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in state.items()}
 
 
 def _sync(path: Path) -> None:
@@ -163,12 +169,16 @@ def verify(path: Path) -> dict[str, str]:
 
 
 def load_model(path: Path) -> tuple[VLA, Job, Statistics]:
-    """Rebuild the network with its averaged weights, on the CPU, from this folder alone."""
+    """Rebuild the network with its averaged weights, on the CPU, from this folder alone.
+
+    Low-rank adapters are merged: the network has none, and job.model.lora says what it was trained with.
+    """
     verify(path)
     job, features = load_job(path), load_features(path)
     statistics = Statistics.load(path / "statistics.json")
-    model = VLA(job.model, features, statistics, text_folder=path / "text")
-    wanted = {(n, tuple(t.shape)) for n, t in _deployed(model, {}).items()}
+    plain = dataclasses.replace(job.model, lora=LoraConfig())
+    model = VLA(plain, features, statistics, text_folder=path / "text")
+    wanted = {(n, tuple(t.shape)) for n, t in _deployed(model, {}, job.model).items()}
     weights = load_file(path / "model.safetensors")
     got = {(n, tuple(t.shape)) for n, t in weights.items()}
     if wanted != got:

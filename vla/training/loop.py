@@ -18,6 +18,7 @@ from vla.data.samples import Samples
 from vla.device import resolve_device
 from vla.model.vla import VLA, count_parameters
 from vla.training import checkpoint
+from vla.training.initialise import initialise_from
 from vla.training.step import TrainStep, learning_rate
 from vla.training.track import Tracker
 
@@ -57,7 +58,10 @@ def train(job: Job, store: FrameStore, resume: bool = False, evaluate: Evaluate 
         torch.set_num_threads(config.threads)
     torch.manual_seed(job.seed)
     device = resolve_device(config.device)
-    model = VLA(job.model, store.features, statistics).to(device)
+    text_folder = path / "text" if path else None  # what the run began with, wherever that came from
+    model = VLA(job.model, store.features, statistics, text_folder, store.tasks).to(device)
+    if config.init and not path:
+        print(initialise_from(model, checkpoint.find(config.init)))
     samples = Samples(store, job.model.chunk_size, job.model.n_obs_steps, device, job.data.start_share)
     make_step = TrainStep(model, samples, job, store.tasks)
     if path:
@@ -97,9 +101,10 @@ def train(job: Job, store: FrameStore, resume: bool = False, evaluate: Evaluate 
             elif step > first and step % config.save_every == 0:
                 path = save(step)
 
-            metrics = make_step(step)
+            logs = (step + 1) % config.log_every == 0 or step + 1 == config.steps
+            metrics = make_step(step, measure=logs)
 
-            if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+            if logs:
                 numbers = {name: value.item() for name, value in metrics.items()}
                 if not math.isfinite(numbers["loss"]):
                     raise diverged(f"loss {numbers['loss']}", step + 1, path)

@@ -17,6 +17,7 @@ from vla.config import Job, TrainConfig
 from vla.data.augment import augment
 from vla.data.samples import Samples
 from vla.device import autocast
+from vla.model.parameters import trains
 from vla.model.vla import VLA, parameter_groups
 from vla.observation import Tokens
 
@@ -66,24 +67,27 @@ class TrainStep:
         self.generator = torch.Generator(self.device).manual_seed(job.seed)
         words = model.text.tokenize(tasks)
         self.words = Tokens(words.x.to(self.device), words.pad.to(self.device))
-        self.features = model.text.encode(self.words) if job.model.text.frozen else None
+        self.features = None if trains(model.text.encoder) else model.text.encode(self.words)
         self.loss_of = torch.compile(self._loss) if job.train.compile else self._loss
 
-    def _loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, batch: Any, measure: bool) -> tuple[Tensor, dict[str, Tensor]]:
         if self.features is not None:  # frozen: every instruction was encoded once, at the start
             text = self.features[batch.task]
         else:
             text = self.model.text.encode(self.words[batch.task])
         with autocast(self.device, self.config.precision):
-            return self.model.loss(batch, text, augment=self.augment)
+            return self.model.loss(batch, text, self.augment, measure)
 
-    def __call__(self, step: int) -> dict[str, Tensor]:
-        """Make step number `step` (from 0) and return its metrics as tensors on the device."""
+    def __call__(self, step: int, measure: bool = True) -> dict[str, Tensor]:
+        """Make step number `step` (from 0) and return its metrics as tensors on the device.
+
+        measure: the network's too, not only loss and grad_norm.
+        """
         rate = learning_rate(step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_multiplier", 1.0)
         batch = self.samples.batch(self.samples.draw(self.config.batch_size, self.generator))
-        loss, metrics = self.loss_of(batch)
+        loss, metrics = self.loss_of(batch, measure)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
@@ -95,10 +99,20 @@ class TrainStep:
         """Whether all weights are finite; waits for the device."""
         return all(bool(p.isfinite().all()) for p in self.average.live(self.model))
 
+    def _fixed(self) -> dict[str, Tensor]:
+        """What the optimiser does not train: frozen weights, running statistics; none of the text encoder."""
+        everything = self.model.state_dict()
+        names = everything.keys() - self.average.weights.keys()
+        return {n: everything[n] for n in sorted(names) if not n.startswith("text.encoder.")}
+
     def state(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs to go on bit for bit, as flat named tensors."""
+        """Everything a resumed run needs to go on bit for bit, as flat named tensors.
+
+        But what text/ of a checkpoint holds: the text encoder's weights that do not train.
+        """
         names = {id(p): n for n, p in self.model.named_parameters()}
         state = {f"weights.{n}": p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+        state |= {f"fixed.{n}": tensor for n, tensor in self._fixed().items()}
         for parameter, slots in self.optimizer.state.items():
             state |= {f"adamw.{key}.{names[id(parameter)]}": value for key, value in slots.items()}
         state |= {f"average.{n}": w for n, w in self.average.weights.items()}
@@ -108,8 +122,17 @@ class TrainStep:
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` gave."""
+        """Take over what `state` gave. Raises ValueError when it is of another version."""
+        wanted = {f"fixed.{n}" for n in self._fixed()} | {f"weights.{n}" for n in self.average.weights}
+        if missing := sorted(wanted - state.keys()):
+            raise ValueError(
+                f"The training state is of another version. got: none of {missing[:3]}. expected: the weights "
+                "of this version's network. remedy: resume with the version that wrote it, or begin a new "
+                "run with train.init."
+            )
         with torch.no_grad():
+            for name, tensor in self._fixed().items():
+                tensor.copy_(state[f"fixed.{name}"])
             for name, parameter in self.model.named_parameters():
                 if not parameter.requires_grad:
                     continue
