@@ -39,6 +39,22 @@ class Cameras:
 
     def picture(self, data: mujoco.MjData, camera: str, pixels: int) -> np.ndarray:
         """(pixels, pixels, 3) uint8; a fresh array."""
+        renderer = self._renderer(pixels)
+        renderer.update_scene(data, camera)
+        return renderer.render()
+
+    def geoms(self, data: mujoco.MjData, camera: str, pixels: int) -> np.ndarray:
+        """(pixels, pixels) int32: which geom each pixel of a picture shows, -1 where it shows none."""
+        renderer = self._renderer(pixels)
+        renderer.enable_segmentation_rendering()
+        try:
+            renderer.update_scene(data, camera)
+            seen = renderer.render()  # (pixels, pixels, 2): id and type
+        finally:
+            renderer.disable_segmentation_rendering()
+        return np.where(seen[..., 1] == int(mujoco.mjtObj.mjOBJ_GEOM), seen[..., 0], -1)
+
+    def _renderer(self, pixels: int) -> mujoco.Renderer:
         renderer = self._renderers.get(pixels)
         if renderer is None:
             self.model.vis.global_.offwidth = max(self.model.vis.global_.offwidth, pixels)
@@ -48,8 +64,7 @@ class Cameras:
             _close_at_exit()
             renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = self.settings["shadow"]
             renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = self.settings["reflection"]
-        renderer.update_scene(data, camera)
-        return renderer.render()
+        return renderer
 
     def _make(self, pixels: int) -> mujoco.Renderer:
         try:

@@ -169,6 +169,21 @@ class Tabletop(gym.Env[dict[str, Any], np.ndarray]):
         """What the current instruction means; indices into `scene.items`."""
         return self._goals[self._done]
 
+    @property
+    def rivals(self) -> list[int]:
+        """The other items of the kind that the current instruction is about; indices into `scene.items`."""
+        scene, target = self.world.scene, self.goal.target
+        return [i for i in scene.of(scene.items[target].kind) if i != target]
+
+    def segmentation(self, camera: str) -> np.ndarray:
+        """Privileged: (pixels, pixels) int, the item that each pixel of a camera's picture shows now.
+
+        Indices into `scene.items`, as in `goal`; -1 for robot, table and surroundings.
+        Raises ValueError for a camera that this environment does not show.
+        """
+        (camera,) = _choice("camera", camera, self.cameras)
+        return self.world.items_of(self.view.geoms(self.data, camera, self.pixels))
+
     # -- inside ----------------------------------------------------------------------------
 
     def _draw(self, rngs: dict[str, np.random.Generator]) -> None:

@@ -76,6 +76,11 @@ class World:
             self._owner[np.isin(self.model.geom_bodyid, list(owned))] = index
         self.moved()
 
+    def items_of(self, geoms: np.ndarray) -> np.ndarray:
+        """Ids of geoms -> indices into the scene's items, in the same shape; -1 for everything else."""
+        owner = np.append(self._owner, 1 << 20)[geoms]  # id -1 takes the last
+        return np.where((owner >= 0) & (owner < len(self.scene.items)), owner, -1)
+
     def moved(self) -> None:
         """The simulation has advanced: forget the contacts."""
         self._pairs = None

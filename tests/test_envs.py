@@ -73,6 +73,33 @@ def test_spaces_hold_what_is_delivered() -> None:
     env.close()
 
 
+@pytest.mark.parametrize("preset", ["fast", "full"])
+def test_segmentation_names_what_each_pixel_shows(preset: str) -> None:
+    env = Tabletop(["press"], references=["name"], pixels=64, preset=preset)
+    shades = {"red": 0, "green": 1, "blue": 2}
+    checked = 0
+    for seed in range(4):
+        before, _ = env.reset(seed=seed)
+        shown = env.segmentation("front")
+        assert shown.shape == (64, 64)
+        assert np.array_equal(env.view.picture(env.data, "front", 64), before[FRONT])  # it leaves no trace
+        items = env.world.scene.items
+        assert set(np.unique(shown)) <= {-1, *range(len(items))}
+        assert {env.goal.target, *env.rivals} == set(env.world.scene.of("button"))
+        assert env.goal.target not in env.rivals
+        for i, item in enumerate(items):
+            pixels = shown == i
+            assert 30 < pixels.sum() < 300
+            if item.colour in shades:  # its cap is of its colour: the channel that stands out most
+                colour = before[FRONT][pixels].mean(0) - before[FRONT].mean((0, 1))
+                checked += 1
+                assert colour.argmax() == shades[item.colour], item
+    assert checked > 3
+    with pytest.raises(ValueError, match="camera: got.*expected some of front, wrist"):
+        env.segmentation("view")
+    env.close()
+
+
 def test_pictures_of_three_environments_in_one_process() -> None:
     """A second renderer made carelessly is black."""
     environments = [Tabletop(pixels=32) for _ in range(3)]
