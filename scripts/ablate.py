@@ -1,0 +1,138 @@
+"""Train and evaluate variants of one job, some seeds each, and print one table.
+
+    python scripts/ablate.py configs/ablations/quickstart.yaml
+
+Everything that is finished is kept: the same command goes on where it was stopped. The demonstrations are
+the base job's, recorded first when they are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import draccus
+import evaluate
+import record
+import train
+
+from vla.checks import check, read_yaml, require
+from vla.config import Job, load
+from vla.evaluation.evaluate import RESULT
+from vla.evaluation.summary import machine, versions
+
+RATES = ("success_rate", "counterfactual_pair_rate", "blank_instruction_rate")
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Variants of a job: each the base's YAML with other arguments."""
+
+    base: str
+    output: str  # a folder per variant and seed
+    results: str  # the JSON to write
+    seeds: tuple[int, ...] = (0, 1, 2)
+    common: tuple[str, ...] = ()  # arguments of every run, --a.b=c
+    variants: dict[str, Any] = field(default_factory=dict)  # name -> its further arguments
+
+    def __post_init__(self) -> None:
+        require(bool(self.seeds), "seeds", self.seeds, "at least one")
+        require(
+            bool(self.variants), "variants", self.variants, "name: [--a.b=c, …]", "see configs/ablations/"
+        )
+
+    def job(self, variant: str, seed: int) -> Job:
+        """The job of one run. Ends the program with one line when an argument is wrong."""
+        place = Path(self.output) / f"{slug(variant)}_{seed}"
+        data = load(Job, [self.base]).dataset_root
+        run = [f"--seed={seed}", f"--output={place}", f"--data.root={data}"]
+        return load(Job, [self.base, *self.common, *self.variants[variant], *run])
+
+
+def slug(name: str) -> str:
+    """A folder's name: letters and digits, the rest one underscore each."""
+    return "_".join("".join(c if c.isalnum() else " " for c in name).split())
+
+
+def main(ablation: Ablation) -> list[dict[str, Any]]:
+    """Make every run that is not there yet, seed by seed; returns and writes one row per variant."""
+    jobs = {(name, seed): ablation.job(name, seed) for seed in ablation.seeds for name in ablation.variants}
+    record.main(load(Job, [ablation.base]))
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ablation.variants}
+    for (name, seed), job in jobs.items():
+        print(f"\n{name}, seed {seed}")
+        runs[name].append({"seed": seed} | run(job))
+        write(ablation, runs)
+    rows = write(ablation, runs)
+    print("\n" + table(rows))
+    return rows
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train and evaluate, or read what an earlier call left; the rates, and what it took."""
+    path = Path(job.output) / RESULT
+    if not path.is_file():
+        evaluate.main(job, train.main(job, resume=True))
+    result = json.loads(path.read_text())
+    rows = [json.loads(row) for row in (Path(job.output) / "metrics.jsonl").read_text().splitlines()]
+    rates = {name: result[name] for name in ("n_episodes", "wilson_95", *RATES)}
+    samples = statistics.median(row["samples_per_s"] for row in rows if "samples_per_s" in row)
+    return rates | {"samples_per_s": samples}
+
+
+def write(ablation: Ablation, runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Summarise what is there and write it."""
+    rows = [
+        {"variant": name, "arguments": ablation.variants[name], "runs": of_seeds} | summary(of_seeds)
+        for name, of_seeds in runs.items()
+        if of_seeds
+    ]
+    content = {"base": ablation.base, "common": ablation.common, "machine": machine(), "versions": versions()}
+    path = Path(ablation.results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content | {"rows": rows}, indent=1) + "\n")
+    return rows
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds of every rate."""
+    mean = {name: statistics.mean(run[name] for run in runs) for name in (*RATES, "samples_per_s")}
+    spread = {name: statistics.stdev(run[name] for run in runs) if len(runs) > 1 else None for name in RATES}
+    return {"mean": mean, "std": spread}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown: mean ± standard deviation over seeds."""
+    lines = [
+        "| variant | seeds | success | both of a pair | told nothing | samples/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        mean, std = row["mean"], row["std"]
+        rates = [f"{mean[n]:.0%}" + (f" ± {100 * std[n]:.0f}" if std[n] is not None else "") for n in RATES]
+        lines.append(
+            f"| {' | '.join([row['variant'], str(len(row['runs'])), *rates])} | {mean['samples_per_s']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def from_command_line(argv: list[str]) -> Ablation:
+    if {"-h", "--help"} & set(argv) or len(argv) != 1:
+        print(f"usage: {__doc__}")
+        raise SystemExit(0 if {"-h", "--help"} & set(argv) else 2)
+    tree = read_yaml(Path(argv[0]))
+    check(tree, Ablation)
+    return draccus.decode(Ablation, tree)
+
+
+if __name__ == "__main__":
+    try:
+        main(from_command_line(sys.argv[1:]))
+    except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
+        sys.exit(f"ablate: {error}")
+    except KeyboardInterrupt:
+        sys.exit("ablate: interrupted; the same command goes on")
