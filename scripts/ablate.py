@@ -3,27 +3,29 @@
     python scripts/ablate.py configs/ablations/quickstart.yaml
 
 Everything that is finished is kept: the same command goes on where it was stopped. The demonstrations are
-the base job's, recorded first when they are missing.
+the base job's, recorded first when they are missing. What a run prints goes to log.txt in its folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import statistics
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import draccus
 import evaluate
 import record
 import train
 
-from vla.checks import check, read_yaml, require
+from vla.checks import require
 from vla.config import Job, load
 from vla.evaluation.evaluate import RESULT
-from vla.evaluation.summary import machine, versions
+from vla.evaluation.summary import versions
 
 RATES = ("success_rate", "counterfactual_pair_rate", "blank_instruction_rate")
 
@@ -36,11 +38,13 @@ class Ablation:
     output: str  # a folder per variant and seed
     results: str  # the JSON to write
     seeds: tuple[int, ...] = (0, 1, 2)
+    at_once: int = 1  # runs that share the machine; give each its --train.threads in `common`
     common: tuple[str, ...] = ()  # arguments of every run, --a.b=c
     variants: dict[str, Any] = field(default_factory=dict)  # name -> its further arguments
 
     def __post_init__(self) -> None:
         require(bool(self.seeds), "seeds", self.seeds, "at least one")
+        require(self.at_once > 0, "at_once", self.at_once, "1 or more")
         require(
             bool(self.variants), "variants", self.variants, "name: [--a.b=c, …]", "see configs/ablations/"
         )
@@ -63,35 +67,53 @@ def main(ablation: Ablation) -> list[dict[str, Any]]:
     jobs = {(name, seed): ablation.job(name, seed) for seed in ablation.seeds for name in ablation.variants}
     record.main(load(Job, [ablation.base]))
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ablation.variants}
-    for (name, seed), job in jobs.items():
-        print(f"\n{name}, seed {seed}")
-        runs[name].append({"seed": seed} | run(job))
-        write(ablation, runs)
-    rows = write(ablation, runs)
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(ablation.at_once, multiprocessing.get_context("spawn")) as pool:
+        pending = {pool.submit(run, job): key for key, job in jobs.items()}
+        try:
+            for done in as_completed(pending):
+                name, seed = pending[done]
+                numbers, machine = done.result()
+                runs[name].append({"seed": seed} | numbers)
+                runs[name].sort(key=lambda run: run["seed"])
+                rows = write(ablation, runs, machine)
+                print(f"{sum(map(len, runs.values()))} of {len(jobs)}: {name}, seed {seed}", flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # the runs at work end first, and stay
+            raise
     print("\n" + table(rows))
     return rows
 
 
-def run(job: Job) -> dict[str, Any]:
-    """Train and evaluate, or read what an earlier call left; the rates, and what it took."""
+def run(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train and evaluate, or read what an earlier call left; the rates and what it took, and the machine."""
     path = Path(job.output) / RESULT
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
-        evaluate.main(job, train.main(job, resume=True))
+        with (
+            (path.parent / "log.txt").open("a") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
+            evaluate.main(job, train.main(job, resume=True))
     result = json.loads(path.read_text())
     rows = [json.loads(row) for row in (Path(job.output) / "metrics.jsonl").read_text().splitlines()]
     rates = {name: result[name] for name in ("n_episodes", "wilson_95", *RATES)}
     samples = statistics.median(row["samples_per_s"] for row in rows if "samples_per_s" in row)
-    return rates | {"samples_per_s": samples}
+    return rates | {"samples_per_s": samples}, result["machine"]
 
 
-def write(ablation: Ablation, runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def write(
+    ablation: Ablation, runs: dict[str, list[dict[str, Any]]], machine: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Summarise what is there and write it."""
     rows = [
         {"variant": name, "arguments": ablation.variants[name], "runs": of_seeds} | summary(of_seeds)
         for name, of_seeds in runs.items()
         if of_seeds
     ]
-    content = {"base": ablation.base, "common": ablation.common, "machine": machine(), "versions": versions()}
+    content = {"base": ablation.base, "common": ablation.common, "at_once": ablation.at_once}
+    content |= {"machine": machine, "versions": versions()}
     path = Path(ablation.results)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content | {"rows": rows}, indent=1) + "\n")
@@ -124,9 +146,7 @@ def from_command_line(argv: list[str]) -> Ablation:
     if {"-h", "--help"} & set(argv) or len(argv) != 1:
         print(f"usage: {__doc__}")
         raise SystemExit(0 if {"-h", "--help"} & set(argv) else 2)
-    tree = read_yaml(Path(argv[0]))
-    check(tree, Ablation)
-    return draccus.decode(Ablation, tree)
+    return load(Ablation, argv)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from toy_run import toy_model
 
 from vla.data.normalize import DimensionStatistics, Normalizer
@@ -98,3 +100,37 @@ def test_each_layer_runs_once_per_step() -> None:
     parts.decoder.layers[0].feed_forward.register_forward_hook(lambda m, i, o: lengths.append(o.shape[1]))
     parts.generate(torch.zeros(B, H, A, dtype=torch.float64), torch.zeros(B, dtype=torch.int64))
     assert lengths == [1] * H
+
+
+class Generated(nn.Module):
+    """Decoding with tensors alone going in."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        self.actions, self.decoder, self.head = parts.actions, parts.decoder, parts.head
+
+    def forward(self, x: Tensor, pad: Tensor, known: Tensor, committed: Tensor) -> Tensor:
+        return self.actions.generate(self.decoder, self.head, Tokens(x, pad), known, committed)
+
+
+@pytest.mark.parametrize(
+    ("decoding", "head"),
+    [("parallel", "l1"), ("parallel", "flow"), ("autoregressive", "l1"), ("autoregressive", "bins")],
+)
+@torch.no_grad()
+def test_one_graph_without_breaks_serves_every_prefix(decoding: str, head: str) -> None:
+    """What torch.compile and a captured CUDA graph need: no look at a value from Python, one shape."""
+    parts, graphs = Parts(head, "pre", decoding), []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    generate = Generated(parts)
+    compiled = torch.compile(generate, backend=count, fullgraph=True, dynamic=False)
+    for length in (torch.zeros(B, dtype=torch.int64), torch.tensor([0, 2, H])):
+        committed = torch.arange(H) < length[:, None]
+        known = torch.where(committed[..., None], torch.randn(B, H, A, dtype=torch.float64), 0)
+        inputs = (parts.memory.x, parts.memory.pad, known, committed)
+        torch.testing.assert_close(compiled(*inputs), generate(*inputs))
+    assert len(graphs) == 1

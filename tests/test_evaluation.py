@@ -119,6 +119,31 @@ def test_the_policy_hears_the_instruction_of_the_moment():
     assert [tasks for _, _, tasks in policy.seen] == [["go right"], ["go right"], ["go on"]]
 
 
+class TwoEyes(ToyPolicy):
+    """The toy's policy, with a second camera that it may do without."""
+
+    features = Features({"front": (32, 32), "wrist": (32, 32)}, state_dim=2, action_dim=2, fps=10)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: set[tuple[str, ...]] = set()
+
+    def predict_chunk(self, images: dict[str, np.ndarray], state: np.ndarray, tasks: list[str]) -> np.ndarray:
+        self.shown.add(tuple(sorted(images)))
+        return super().predict_chunk(images, state, tasks)
+
+
+def test_a_camera_that_the_policy_is_not_shown():
+    policy, env = TwoEyes(), replace(TOY, kwargs={"cameras": ("front", "wrist")})
+    assert evaluate(policy, job(env, without=("wrist",), controls=False), progress=False).success_rate == 1
+    assert policy.shown == {("front",)}
+    for without in (("front", "wrist"), ("top",)):
+        with pytest.raises(
+            ValueError, match=r"evaluate.without: got .*expected some of \['front', 'wrist'\]"
+        ):
+            evaluate(policy, job(env, without=without), progress=False)
+
+
 def test_batch_is_always_full():
     policy = LinePolicy()
     evaluate(policy, job(LINE, episodes=7, slots=5, controls=False), progress=False)

@@ -14,6 +14,8 @@ from toy_run import toy_job, toy_model, toy_step, toy_store
 from vla.config import ConfigError
 from vla.device import resolve_device
 from vla.model.text import TextTokens
+from vla.model.vla import VLA
+from vla.observation import Features
 from vla.policy import Policy
 
 B, H, A = 3, 4, 2
@@ -117,6 +119,37 @@ def test_each_instruction_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(seen) == 2
     policy.predict_chunk(*observe(), ["reach green", *TASKS[:2]])
     assert len(seen) == 3
+
+
+def two_cameras(**model: Any) -> Policy:
+    job = toy_job(Path(), toy_model(**model))
+    features = Features(dict.fromkeys(("front", "wrist"), (32, 32)), 2, A, 10)
+    torch.manual_seed(0)
+    return Policy(VLA(job.model, features, toy_store().statistics()), job, "cpu")
+
+
+def test_a_policy_trained_with_camera_dropout_does_without_a_camera() -> None:
+    policy, (images, state) = two_cameras(camera_dropout=0.3), observe()
+    alone = policy.predict_chunk(images, state, TASKS)  # its front camera only
+    wrist = 255 - images["front"]
+    assert not np.allclose(alone, policy.predict_chunk(images | {"wrist": wrist}, state, TASKS))
+    assert np.array_equal(alone, policy.predict_chunk(images, state, TASKS))
+    other = policy.predict_chunk({"wrist": images["front"]}, state, TASKS)
+    assert not np.allclose(alone, other)  # the same picture in another place
+    with pytest.raises(ValueError, match=r"cameras. got: \[\]"):
+        policy.predict_chunk({}, state, TASKS)
+    with pytest.raises(ValueError, match=r"cameras. got: \['front', 'top'\]"):
+        policy.predict_chunk(images | {"top": wrist}, state, TASKS)
+
+
+def test_other_policies_want_all_their_cameras() -> None:
+    with pytest.raises(ValueError, match=r"got: \['front'\]. expected: \['front', 'wrist'\].*camera_dropout"):
+        two_cameras().predict_chunk(*observe(), TASKS)
+
+
+def test_one_camera_cannot_be_dropped() -> None:
+    with pytest.raises(ConfigError, match="model.camera_dropout: got 0.3, expected 0 with one camera"):
+        make_policy(camera_dropout=0.3)
 
 
 def change(**parts: Any) -> dict[str, Any]:
