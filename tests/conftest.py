@@ -7,8 +7,10 @@ import shutil
 import socket
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
+import parity
 import pytest
 
 _caches = tempfile.mkdtemp(prefix="vla-tests-")
@@ -40,6 +42,16 @@ def _local_only(connect: Any) -> Any:
 
 setattr(socket.socket, "connect", _local_only(socket.socket.connect))  # noqa: B010
 setattr(socket.socket, "connect_ex", _local_only(socket.socket.connect_ex))  # noqa: B010
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--parity", type=Path, help="a JSON file for how far from their references systems were")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if (path := config.getoption("--parity")) is not None:
+        parity.write(path)
+        terminalreporter.write_line("\n".join(parity.table()))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

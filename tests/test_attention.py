@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from parity import parity
 from torch import Tensor
 
 from vla.model.attention import MultiHeadAttention
@@ -49,7 +50,7 @@ def test_self_attention_is_the_formula(padded: bool, causal: bool) -> None:
     if causal:
         keep &= torch.ones(S, S, dtype=torch.bool).tril()
     got = layer(x, x, padding(S) if padded else None, causal=causal)
-    torch.testing.assert_close(got, formula(layer, x, x, keep), atol=1e-12, rtol=1e-10)
+    parity("self-attention", "the formula", got, formula(layer, x, x, keep), 1e-12)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -60,7 +61,7 @@ def test_cross_attention_is_the_formula(padded: bool) -> None:
     if padded:
         keep &= ~padding(S)[:, None, :]
     got = layer(x, memory, padding(S) if padded else None)
-    torch.testing.assert_close(got, formula(layer, x, memory, keep), atol=1e-12, rtol=1e-10)
+    parity("cross-attention", "the formula", got, formula(layer, x, memory, keep), 1e-12)
 
 
 def test_padded_memory_changes_nothing() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from parity import parity
 from torch import Tensor, nn
 from toy_run import toy_model
 
@@ -30,9 +31,10 @@ class Parts:
     def __init__(self, head: str, norm: str, decoding: str = "autoregressive") -> None:
         torch.manual_seed(0)
         config = toy_model(chunk_size=H, head=head, decoding=decoding, bins=16, dropout=0.0, norm=norm)
-        self.actions = DECODINGS[decoding](config, A)
+        self.normalizer = normalizer()
+        self.actions = DECODINGS[decoding](config, self.normalizer)
         self.decoder = Decoder(2, D, norm=norm, n_heads=2, d_ff=64)
-        self.head = HEADS[head](config, normalizer())
+        self.head = HEADS[head](config, self.normalizer)
         for part in (self.actions, self.decoder, self.head):
             initialise_network(part)
             part.double().eval()
@@ -50,9 +52,8 @@ class Parts:
         for t in range(H):
             given = t < length
             hidden = self.decoder(self.actions(chunk, torch.zeros(B, H, dtype=torch.bool)), self.memory)
-            chunk[:, t] = torch.where(
-                given[:, None], prefix[:, t], self.head.decode(hidden[:, t : t + 1])[:, 0]
-            )
+            action = self.normalizer.clip_normalized(self.head.decode(hidden[:, t : t + 1]))[:, 0]
+            chunk[:, t] = torch.where(given[:, None], prefix[:, t], action)
         return chunk
 
 
@@ -63,7 +64,8 @@ def test_cached_decoding_equals_uncached(head: str, norm: str) -> None:
     parts, prefix = Parts(head, norm), torch.randn(B, H, A, dtype=torch.float64)
     for length in (torch.zeros(B, dtype=torch.int64), torch.tensor([0, 2, H])):
         cached, uncached = parts.generate(prefix, length), parts.uncached(prefix, length)
-        torch.testing.assert_close(cached.double(), uncached, atol=1e-6, rtol=1e-6)  # heads answer in float32
+        # heads answer in float32
+        parity(f"autoregressive decoding, {head}", "without a cache", cached.float(), uncached.float(), 2e-6)
         for i in range(B):
             assert torch.equal(cached[i, : length[i]].double(), prefix[i, : length[i]])
 
@@ -74,7 +76,20 @@ def test_a_generated_chunk_is_what_teacher_forcing_answers_to_it() -> None:
     none = torch.zeros(B, H, dtype=torch.bool)
     chunk = parts.generate(torch.zeros(B, H, A, dtype=torch.float64), torch.zeros(B, dtype=torch.int64))
     hidden = parts.decoder(parts.actions(chunk.double(), none), parts.memory)
-    torch.testing.assert_close(parts.head.decode(hidden), chunk.float(), atol=1e-6, rtol=1e-6)
+    answer = parts.normalizer.clip_normalized(parts.head.decode(hidden))
+    torch.testing.assert_close(answer.float(), chunk.float(), atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_what_is_fed_back_is_what_the_robot_is_told() -> None:
+    parts, fed = Parts("l1", "pre"), []
+    parts.head.out.bias.fill_(1000)  # type: ignore[union-attr]
+    assert isinstance(parts.actions, Autoregressive)
+    parts.actions.previous.register_forward_hook(lambda module, inputs, output: fed.append(inputs[0]))
+    chunk = parts.generate(torch.zeros(B, H, A, dtype=torch.float64), torch.zeros(B, dtype=torch.int64))
+    told = parts.normalizer.unnormalize(chunk)
+    torch.testing.assert_close(told, parts.normalizer.high.expand(B, H, A).double())
+    torch.testing.assert_close(torch.cat(fed, dim=1), chunk)
 
 
 def test_a_token_carries_the_action_before_it() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from parity import parity
 from PIL import Image
 from torch import Tensor
 from toy_env import COLOURS, ToyEnv
@@ -136,7 +137,7 @@ def test_the_maps_are_those_of_the_formula(name: str) -> None:
     with torch.inference_mode():
         for layer, inputs in enumerate(heard):
             expected = by_the_formula(policy.model, layer, *inputs)
-            torch.testing.assert_close(maps.cross[:, layer].double(), expected, rtol=1e-5, atol=1e-6)
+            parity("attention maps", "the formula", maps.cross[:, layer], expected.float(), 2e-6)
 
 
 @pytest.mark.parametrize("name", ["autoregressive", "bins"])
@@ -145,7 +146,6 @@ def test_maps_of_cached_decoding_are_those_of_one_pass_over_its_chunk(name: str)
     maps, chunk = maps_of(policy)
     images, state = observe(policy)
     model = policy.model
-    model.normalizer.low.fill_(-1e3)  # what was clipped on the way out was not clipped on the way in
     with torch.inference_mode():
         seen = Observation(
             {"front": torch.from_numpy(images["front"]).permute(0, 1, 4, 2, 3)},
@@ -241,7 +241,7 @@ def test_the_memory_is_cut_where_the_network_puts_its_tokens() -> None:
 
 
 def test_patches_are_numbered_in_rows() -> None:
-    model = make_policy(image=ImageConfig(pixels=32, patch=8)).model
+    model = make_policy(image=ImageConfig(pixels=32, patch=8, stem="patch")).model
     memory, maps = Memory.of(model, TASKS[0]), Maps(torch.zeros(1, 1, 1, 1, 1))
     stem: Any = model.tokens.image.backbone.patch_embed
     images = torch.zeros(1, 3, 32, 32)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from parity import parity
 from torch import Tensor, nn
 
 from vla.config import ConfigError, ImageConfig, ModelConfig, ResamplerConfig
@@ -72,7 +73,7 @@ def test_backbones_by_name_give_timms_features(name: str, side: int, count: int,
         channels = 3 if name.startswith("swin") else 1
         rows = [features.movedim(channels, 3)[:, i, j] for i in range(2) for j in range(2)]  # row by row
         expected = torch.stack(rows, dim=1)
-    assert torch.equal(tokens.grid(images), expected)
+    parity(f"image tokens, {name}", "timm's forward_features", tokens.grid(images), expected, 0)
     assert tokens.count == tokens.patches == count
     assert tokens(pictures(side=side), words()).shape == (B, count, D)
     assert tokens.mean.flatten().tolist() == pytest.approx(timm.get_pretrained_cfg(name).mean)

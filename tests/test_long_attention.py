@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from parity import parity
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import ReformerConfig
@@ -79,7 +80,7 @@ def test_window_is_full_attention_within_a_band(length: int, padded: bool) -> No
     q, k, v = projected(layer, x)
     expected = answer(layer, q @ k.mT / (D // HEADS) ** 0.5, keep[:, None], v)
     got = layer(x, x, pad)
-    torch.testing.assert_close(got[~count], expected[~count], atol=1e-12, rtol=1e-10)
+    parity("window attention", "the formula within a band", got[~count], expected[~count], 1e-12)
 
 
 def test_window_is_flex_attention_with_the_same_band() -> None:
@@ -92,7 +93,7 @@ def test_window_is_flex_attention_with_the_same_band() -> None:
         y = flex_attention(*projected(layer, x), block_mask=band)
         assert isinstance(y, Tensor)
         expected = layer.out(torch.cat(y.unbind(dim=1), dim=-1))
-        torch.testing.assert_close(layer(x, x), expected, atol=1e-12, rtol=1e-10)
+        parity("window attention", "FlexAttention", layer(x, x), expected, 1e-12)
 
 
 @pytest.mark.parametrize("length", [1, 7, LENGTH])
@@ -108,7 +109,7 @@ def test_linformer_is_its_formula(length: int, padded: bool) -> None:
         k, v = e[:, : real.shape[1]] @ k, f[:, : real.shape[1]] @ v
         every = torch.ones(1, dtype=torch.bool)
         expected = answer(layer, q @ k.mT / (D // HEADS) ** 0.5, every, v)
-        torch.testing.assert_close(got[sample, ~pad[sample]], expected[0], atol=1e-12, rtol=1e-10)
+        parity("linformer attention", "the formula", got[sample, ~pad[sample]], expected[0], 1e-12)
 
 
 def meetings(layer: LSHAttention, q: Tensor) -> Tensor:
@@ -142,7 +143,8 @@ def test_lsh_is_shared_qk_attention_among_those_that_met(hashes: int, length: in
         keep |= torch.eye(real.shape[1], dtype=torch.bool) & ~keep.any(dim=-1, keepdim=True)
         scores = q @ (q / q.norm(dim=-1, keepdim=True)).mT
         expected = answer(layer, scores, keep[None], v)
-        torch.testing.assert_close(got[sample, ~pad[sample]], expected[0], atol=1e-12, rtol=1e-10)
+        reference = "the formula over the pairs that met"
+        parity("lsh attention", reference, got[sample, ~pad[sample]], expected[0], 1e-12)
 
 
 def test_lsh_in_one_chunk_is_full_shared_qk_attention() -> None:
@@ -191,7 +193,7 @@ def test_lsh_is_the_reformer_of_transformers(
     same = (~first & real[:, None]).transpose(1, 2)  # (B, S, n)
     assert same.float().mean() > 0.6
     got, expected = (t.unflatten(-1, (HEADS, -1)) for t in (got, expected))
-    torch.testing.assert_close(got[same], expected[same], atol=1e-5, rtol=1e-5)  # its norms add 1e-6
+    parity("lsh attention", "transformers' Reformer", got[same], expected[same], 2e-5)  # its norms add 1e-6
     if hashes == 1 and not padded:
         assert not torch.allclose(got[~same], expected[~same], atol=1e-3)
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from parity import parity
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from timm.models.swin_transformer import SwinTransformer
@@ -178,7 +179,7 @@ def test_merging_equals_pefts_own_and_changes_no_output(kind: str) -> None:
 
     with torch.no_grad():
         expected = run(module)
-        torch.testing.assert_close(run(plain), expected, atol=1e-5, rtol=0)
+        parity(f"merged adapters, {kind}", "peft, unmerged", run(plain), expected, 1e-5)
         wrapped = [(n, m) for n, m in module.named_modules() if isinstance(m, LoraLayer)]
         assert len(wrapped) == layers
         for n, layer in wrapped:

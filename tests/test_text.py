@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from parity import parity
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from toy_run import text_folder
 from transformers import (
@@ -217,7 +218,9 @@ def test_features_of_every_family_are_transformers_hidden_states(family: tuple[P
         assert pad.any() or len(ids) == text.config.max_tokens
         with torch.no_grad():  # alone, without padding and without a mask
             expected = reference(input_ids=ids[~pad][None]).last_hidden_state[0]
-        torch.testing.assert_close(got[~pad], expected, atol=1e-5, rtol=1e-5)
+        parity(
+            f"text tokens, {type(reference).__name__}", "transformers, each alone", got[~pad], expected, 1e-5
+        )
     assert tokens.x[0, :4].std(dim=0).mean() > 0.3  # tokens are told apart
 
 

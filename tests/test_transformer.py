@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from parity import parity
 from torch import Tensor, nn
 
 from vla.model.attention import MultiHeadAttention
@@ -76,7 +77,7 @@ def test_encoder_layer_equals_torch(norm: str, activation: str) -> None:
     copy_layer(ours, theirs)
     tokens = padded()
     got, expected = ours(tokens).x, theirs(tokens.x, src_key_padding_mask=tokens.pad)
-    torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-10)
+    parity(f"encoder layer, {norm}-norm", "torch.nn.TransformerEncoderLayer", got, expected, 1e-12)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
@@ -90,7 +91,8 @@ def test_decoder_layer_equals_torch(norm: str, activation: str) -> None:
     x, memory = torch.randn(B, H, D, dtype=torch.float64), padded()
     future = torch.ones(H, H, dtype=torch.bool).triu(1)
     expected = theirs(x, memory.x, tgt_mask=future, memory_key_padding_mask=memory.pad)
-    torch.testing.assert_close(ours(x, memory), expected, atol=1e-12, rtol=1e-10)
+    reference = "torch.nn.TransformerDecoderLayer"
+    parity(f"decoder layer, {norm}-norm", reference, ours(x, memory), expected, 1e-12)
 
 
 def stack(kind: type[Encoder] | type[Decoder], norm: str, n_layers: int = 2, **options: Any) -> Any:
@@ -142,14 +144,9 @@ def test_swiglu_costs_what_gelu_costs() -> None:
 def test_sinusoidal_positions_are_the_formula_at_any_length(width: int) -> None:
     positions = POSITIONS["sinusoidal"](8, width)
     for length in (5, 8, 2000):
-        table = positions(length)
-        assert table.shape == (length, width)
-        for p in {0, 1, length // 2, length - 1}:
-            for i in range(width):
-                angle = p / 10_000 ** (i // 2 * 2 / width)
-                assert table[p, i].item() == pytest.approx(
-                    math.cos(angle) if i % 2 else math.sin(angle), abs=1e-6
-                )
+        angles = [[p / 10_000 ** (i // 2 * 2 / width) for i in range(width)] for p in range(length)]
+        formula = [[math.cos(a) if i % 2 else math.sin(a) for i, a in enumerate(row)] for row in angles]
+        parity("sinusoidal positions", "the formula", positions(length), torch.tensor(formula), 1e-6)
 
 
 def test_learned_positions_end_where_training_did() -> None:
@@ -213,7 +210,7 @@ def test_checkpointing_changes_no_number(kind: type[Encoder] | type[Decoder], no
     again = run_stack(kind, x, norm=norm, checkpointing=True)
     assert len(plain) == len(again) > 20
     for a, b in zip(plain, again, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+        parity("checkpointing, outputs and gradients", "without it", b, a, 1e-12)
 
 
 @pytest.mark.parametrize("kind", [Encoder, Decoder])
@@ -225,7 +222,7 @@ def test_chunked_feed_forward_changes_no_number(kind: type[Encoder] | type[Decod
     inputs = (tokens,) if kind is Encoder else (torch.randn(B, H, D, dtype=torch.float64), tokens)
     a, b = plain(*inputs), chunked(*inputs)
     a, b = (y.x if isinstance(y, Tokens) else y for y in (a, b))
-    torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+    parity("chunked feed-forward", "at once", b, a, 1e-12)
 
 
 def test_checkpointed_layers_run_twice_and_chunked_ones_in_parts() -> None:
@@ -249,7 +246,9 @@ def test_cached_steps_equal_one_pass(norm: str, activation: str) -> None:
     x = torch.randn(B, H, D, dtype=torch.float64)
     caches = decoder.caches(memory, H)
     steps = [decoder.step(x[:, t : t + 1], t, caches, memory.pad) for t in range(H)]
-    torch.testing.assert_close(torch.cat(steps, dim=1), decoder(x, memory), atol=1e-12, rtol=1e-10)
+    parity(
+        "decoder with kept keys and values", "one pass", torch.cat(steps, dim=1), decoder(x, memory), 1e-12
+    )
 
 
 # Cross fusion
@@ -280,5 +279,6 @@ def test_cross_fusion_equals_torchs_layers(norm: str) -> None:
         )
     expected = torch.cat([y[:, :image], text, y[:, image:]], dim=1)
     got = fusion(Tokens(x, pad))
-    torch.testing.assert_close(got.x, fusion.norm(expected), atol=1e-12, rtol=1e-10)
+    reference = "torch.nn.TransformerDecoderLayer"
+    parity("cross fusion", reference, got.x, fusion.norm(expected), 1e-12)
     assert torch.equal(got.pad, pad)

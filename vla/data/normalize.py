@@ -122,3 +122,8 @@ class Normalizer(nn.Module):
     def clip(self, x: Tensor) -> Tensor:
         """Hold robot units inside the range that the data covers."""
         return torch.minimum(torch.maximum(x, self.low), self.high)
+
+    def clip_normalized(self, x: Tensor) -> Tensor:
+        """`clip` for what is normalised already."""
+        low, high = self.normalize(self.low), self.normalize(self.high)
+        return torch.minimum(torch.maximum(x, low), high)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vla.architecture import ModelConfig
+from vla.data.normalize import Normalizer
 from vla.model.heads import Head
 from vla.model.positions import POSITIONS
 from vla.model.transformer import Decoder
@@ -23,10 +24,10 @@ from vla.observation import Tokens
 class Parallel(nn.Module):
     """H open tokens, of which the first ones may carry committed actions; one pass gives all actions."""
 
-    def __init__(self, config: ModelConfig, action_dim: int) -> None:
+    def __init__(self, config: ModelConfig, normalizer: Normalizer) -> None:
         super().__init__()
         self.open = nn.Parameter(torch.empty(config.d_model))
-        self.committed = nn.Linear(action_dim, config.d_model)
+        self.committed = nn.Linear(len(normalizer.low), config.d_model)
         self.positions = POSITIONS[config.positions](config.chunk_size, config.d_model)
 
     def forward(self, actions: Tensor, committed: Tensor) -> Tensor:
@@ -54,10 +55,11 @@ class Autoregressive(nn.Module):
     all steps. Feeding an action back invites copying it (README): compare with `parallel`.
     """
 
-    def __init__(self, config: ModelConfig, action_dim: int) -> None:
+    def __init__(self, config: ModelConfig, normalizer: Normalizer) -> None:
         super().__init__()
+        self.normalizer = normalizer
         self.start = nn.Parameter(torch.empty(config.d_model))
-        self.previous = nn.Linear(action_dim, config.d_model)
+        self.previous = nn.Linear(len(normalizer.low), config.d_model)
         self.positions = POSITIONS[config.positions](config.chunk_size, config.d_model)
 
     def forward(self, actions: Tensor, committed: Tensor) -> Tensor:
@@ -75,14 +77,17 @@ class Autoregressive(nn.Module):
         committed: Tensor,
         sample: bool = False,
     ) -> Tensor:
-        """As `Parallel.generate`, step by step; keys and values of earlier steps are kept, not recomputed."""
+        """As `Parallel.generate`, step by step; keys and values of earlier steps are kept, not recomputed.
+
+        What is fed back is what the robot will be told: inside the limits of the data.
+        """
         length = actions.shape[1]
         positions, caches = self.positions(length), decoder.caches(memory, length)
         x = self.start.expand(len(actions), 1, -1)  # (B, 1, D)
         chunk = []
         for t in range(length):
             hidden = decoder.step(x + positions[t], t, caches, memory.pad)  # (B, 1, D)
-            action = head.decode(hidden, sample)  # (B, 1, A)
+            action = self.normalizer.clip_normalized(head.decode(hidden, sample))  # (B, 1, A)
             chunk.append(torch.where(committed[:, t, None, None], actions[:, t : t + 1], action))
             x = self.previous(chunk[-1])
         return torch.cat(chunk, dim=1)

@@ -78,9 +78,9 @@ class VLA(nn.Module):
         self.encoder = FUSIONS[config.fusion](
             config.n_encoder_layers, n_image=n_image, n_state=config.n_obs_steps, attention=attention, **layer
         )
-        self.actions = DECODINGS[config.decoding](config, features.action_dim)
-        self.decoder = Decoder(config.n_decoder_layers, **layer)
         self.normalizer = Normalizer(statistics[ACTION])
+        self.actions = DECODINGS[config.decoding](config, self.normalizer)
+        self.decoder = Decoder(config.n_decoder_layers, **layer)
         self.head = HEADS[config.head](config, self.normalizer)
         foreign = [] if config.image.backbone == "scratch" else [self.tokens.image.backbone]
         initialise_network(self, keep=[self.text, *foreign])
