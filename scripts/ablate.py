@@ -14,7 +14,7 @@ import multiprocessing
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import train
 from vla.checks import require
 from vla.config import Job, load
 from vla.evaluation.evaluate import RESULT
-from vla.evaluation.summary import versions
+from vla.evaluation.summary import portable, versions
 
 RATES = ("success_rate", "counterfactual_pair_rate", "blank_instruction_rate")
 
@@ -45,9 +45,19 @@ class Ablation:
     def __post_init__(self) -> None:
         require(bool(self.seeds), "seeds", self.seeds, "at least one")
         require(self.at_once > 0, "at_once", self.at_once, "1 or more")
+        fits = all(isinstance(v, list) and all(isinstance(a, str) for a in v) for v in self.variants.values())
         require(
-            bool(self.variants), "variants", self.variants, "name: [--a.b=c, …]", "see configs/ablations/"
+            bool(self.variants) and fits,
+            "variants",
+            self.variants,
+            "name: [--a.b=c, …]",
+            "see configs/ablations/",
         )
+        folders = {slug(name) for name in self.variants}
+        require(
+            len(folders) == len(self.variants), "variants", list(self.variants),
+            "names that differ in their letters and digits, as each is a folder's",
+        )  # fmt: skip
 
     def job(self, variant: str, seed: int) -> Job:
         """The job of one run. Ends the program with one line when an argument is wrong."""
@@ -79,28 +89,48 @@ def main(ablation: Ablation) -> list[dict[str, Any]]:
                 rows = write(ablation, runs, machine)
                 print(f"{sum(map(len, runs.values()))} of {len(jobs)}: {name}, seed {seed}", flush=True)
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # the runs at work end first, and stay
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
     print("\n" + table(rows))
     return rows
 
 
 def run(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Train and evaluate, or read what an earlier call left; the rates and what it took, and the machine."""
+    """Train and evaluate, or read what an earlier call left; the rates and what it took, and the machine.
+
+    Raises ConfigError when what an earlier call left is of another job.
+    """
     path = Path(job.output) / RESULT
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
-        with (
-            (path.parent / "log.txt").open("a") as log,
-            contextlib.redirect_stdout(log),
-            contextlib.redirect_stderr(log),
-        ):
-            evaluate.main(job, train.main(job, resume=True))
+        with (path.parent / "log.txt").open("a") as log:
+            try:
+                with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                    evaluate.main(job, train.main(job, resume=True))
+            except Exception as error:
+                raise RuntimeError(f"{job.output}: {error}") from error
     result = json.loads(path.read_text())
+    before, now = (
+        flat(config) for config in (result["config"], json.loads(json.dumps(portable(asdict(job)))))
+    )
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    require(
+        not changed, ", ".join(changed), ", ".join(str(now.get(name)) for name in changed),
+        f"{', '.join(str(before.get(name)) for name in changed)}, by which {job.output} was made",
+        f"remove {job.output}, or choose another output",
+    )  # fmt: skip
     rows = [json.loads(row) for row in (Path(job.output) / "metrics.jsonl").read_text().splitlines()]
     rates = {name: result[name] for name in ("n_episodes", "wilson_95", *RATES)}
     samples = statistics.median(row["samples_per_s"] for row in rows if "samples_per_s" in row)
     return rates | {"samples_per_s": samples}, result["machine"]
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    rows: dict[str, Any] = {}
+    for name, value in tree.items():
+        rows |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return rows
 
 
 def write(
@@ -121,10 +151,13 @@ def write(
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds of every rate."""
-    mean = {name: statistics.mean(run[name] for run in runs) for name in (*RATES, "samples_per_s")}
-    spread = {name: statistics.stdev(run[name] for run in runs) if len(runs) > 1 else None for name in RATES}
-    return {"mean": mean, "std": spread}
+    """Mean and standard deviation over seeds of every rate; None where it was not measured."""
+    columns = {name: [run[name] for run in runs] for name in (*RATES, "samples_per_s")}
+    known = {name: values for name, values in columns.items() if None not in values}
+    mean = {name: statistics.mean(known[name]) if name in known else None for name in columns}
+    many = len(runs) > 1
+    std = {name: statistics.stdev(known[name]) if many and name in known else None for name in RATES}
+    return {"mean": mean, "std": std}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -135,7 +168,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         mean, std = row["mean"], row["std"]
-        rates = [f"{mean[n]:.0%}" + (f" ± {100 * std[n]:.0f}" if std[n] is not None else "") for n in RATES]
+        rates = [
+            ("–" if mean[n] is None else f"{mean[n]:.0%}")
+            + ("" if std[n] is None else f" ± {100 * std[n]:.0f}")
+            for n in RATES
+        ]
         lines.append(
             f"| {' | '.join([row['variant'], str(len(row['runs'])), *rates])} | {mean['samples_per_s']:.0f} |"
         )

@@ -33,6 +33,7 @@ def main(job: Job, checkpoint: Path | None) -> Evaluation:
         from vla.policy import Policy
 
         policy = Policy.load(checkpoint, job.evaluate.device)
+        policy.require_cameras(set(policy.features.cameras) - set(job.evaluate.without))
         if policy.checkpoint is not None and not metrics.is_file():
             metrics = policy.checkpoint.parent.parent / metrics.name
     folder = Path(job.output)

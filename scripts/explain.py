@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from vla.config import Job, load
+from vla.config import Job, load, require
 from vla.environment import make_env
 from vla.evaluation.episodes import split_kwargs
 from vla.evaluation.summary import machine, portable, versions
@@ -69,12 +69,8 @@ def picture(looks: list[Look], path: Path, policy: Policy) -> Path:
     from vla.explain.pictures import grid
 
     chunk = policy.chunk_size
-    step = (
-        f"Checkpoint of step {int(policy.checkpoint.name.removeprefix('step_'))}."
-        if policy.checkpoint
-        else ""
-    )
-    page = grid(looks[0], sorted({0, (chunk - 1) // 2, chunk - 1}), step)
+    where = f"Checkpoint {policy.checkpoint.name}." if policy.checkpoint else ""
+    page = grid(looks[0], sorted({0, (chunk - 1) // 2, chunk - 1}), where)
     page.save(path, optimize=True)
     return path
 
@@ -119,17 +115,17 @@ def numbers(policy: Policy, env: Any, seed: int, episodes: int) -> dict[str, Any
 
 def table(result: dict[str, Any]) -> str:
     """The rates as plain text."""
-    lines = [f"{'':32} on target   95 % interval   on others   chance   swapped   most attended   follows"]
+    lines = [
+        "peak over patches: on the named object, on others of its kind, by chance, and with the peaks of other scenes;",
+        "most attended of its kind, and follows the instruction: with what chance gives in brackets",
+        f"{'':32} on target   95 % interval   on others   chance   swapped   most attended   follows",
+    ]
     for when in ("first_look", "second_look"):
         for name, row in result[when].items():
             low, high = row["peak_on_target"]["wilson_95"]
-            cells = [
-                row["peak_on_others"],
-                row["chance"],
-                row["chance_swapped"],
-                row["most_attended"]["rate"],
-            ]
-            cells = [percent(cell) for cell in [*cells, row["follows"]["rate"]]]
+            cells = [percent(row[name]) for name in ("peak_on_others", "chance", "chance_swapped")]
+            cells.append(f"{percent(row['most_attended']['rate'])} ({percent(row['most_chance'])})")
+            cells.append(percent(row["follows"]["rate"]) + (" (50 %)" if row["follows"]["n"] else ""))
             bounds = f"{100 * low:.0f} – {100 * high:.0f} %"
             widths = zip(cells, (12, 9, 10, 16, 10), strict=True)
             lines.append(
@@ -157,8 +153,16 @@ def from_command_line(argv: list[str]) -> tuple[Policy, argparse.Namespace]:
     options, rest = parser.parse_known_args(argv)
     if options.episodes < 1:
         parser.error(f"--episodes: got {options.episodes}, expected 1 or more.")
+    if options.localisation and options.task:
+        parser.error(
+            "--task: got it with --localisation, expected one of them; every scene has its own task."
+        )
     path = checkpoint.find(options.checkpoint)
     job = load(Job, rest, path=path / "config.yaml")
+    require(
+        not job.evaluate.without and not job.evaluate.ensemble, "evaluate", "without or ensemble",
+        "neither, as every look shows all cameras and one chunk", "leave them out",
+    )  # fmt: skip
     policy = Policy.load(path, job.evaluate.device)
     policy.job = replace(job, model=policy.job.model)  # the network is what it is
     return policy, options

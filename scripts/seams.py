@@ -21,29 +21,38 @@ import numpy as np
 
 from vla.checks import require
 from vla.environment import make_env
-from vla.evaluation.summary import machine, rate, versions
+from vla.evaluation.episodes import split_kwargs
+from vla.evaluation.summary import machine, portable, rate, versions
 from vla.observation import IMAGES, IS_SUCCESS, STATE, TASK
 from vla.policy import Policy
+from vla.system import require_writable, sha256
 
 
 def main(policy: Policy, episodes: int, delay: int) -> dict[str, Any]:
     """Distances of all seams and of all steps inside chunks, and the success, over unseen scenes."""
     job, size = policy.job, policy.chunk_size
     every = job.evaluate.n_action_steps
+    require(episodes > 0, "episodes", episodes, "1 or more")
     require(policy.n_obs_steps == 1, "n_obs_steps", policy.n_obs_steps, "a policy without history")
+    longest = min(job.model.max_prefix, size - 2 - every, every - 1)
     require(
-        0 < delay <= job.model.max_prefix and every + delay < size - 1, "delay", delay,
-        f"1 … max_prefix={job.model.max_prefix} and at most {size - 2} - n_action_steps={every}",
+        0 < delay <= longest, "delay", delay, f"1 … {longest}, below n_action_steps={every}, not above "
+        f"max_prefix={job.model.max_prefix}, and two steps before the end of the chunk of {size}",
     )  # fmt: skip
-    env, _ = make_env(job.env.id, job.env.kwargs)
+    first_split = next(iter(split_kwargs(job.evaluate).values()))
+    env, features = make_env(job.env.id, {**job.env.kwargs, **first_split})
+    policy.features.require(features, "The environment", closed_loop=True)
     names = ("seam with prefix", "beside the seam", "seam without prefix", "inside chunks")
     steps: dict[str, list[float]] = {name: [] for name in names}
     won = [play(env, policy, job.evaluate.seed + i, every, delay, steps) for i in range(episodes)]
     env.close()
     return {
         "checkpoint": policy.checkpoint.name if policy.checkpoint else None,
-        "environment": {"id": job.env.id, "kwargs": job.env.kwargs},
+        "sha256": sha256(policy.checkpoint / "model.safetensors") if policy.checkpoint else None,
+        "environment": {"id": job.env.id, "kwargs": portable(job.env.kwargs | first_split)},
+        "seed": job.evaluate.seed,
         "delay_steps": delay,
+        "n_action_steps": every,
         "success": rate(won),
         "distance": {name: describe(values) for name, values in steps.items()},
         "machine": machine(),
@@ -83,10 +92,17 @@ def ask(policy: Policy, observation: Any, task: str, committed: np.ndarray | Non
 
 
 def jump(a: np.ndarray, b: np.ndarray) -> float:
+    """The distance of two actions (A,)."""
     return float(np.linalg.norm(b - a))
 
 
 def describe(values: list[float]) -> dict[str, float]:
+    """How many, their mean and quantiles. Raises ValueError when there are none."""
+    if not values:
+        raise ValueError(
+            "There is no seam to measure. got: episodes that end within one chunk. expected: longer ones. remedy: "
+            "play more episodes, or a harder task."
+        )
     q = np.quantile(values, (0.5, 0.95))
     return {"n": len(values), "mean": float(np.mean(values)), "median": float(q[0]), "p95": float(q[1])}
 
@@ -108,6 +124,8 @@ if __name__ == "__main__":
     parser.add_argument("--results", type=Path, help="a JSON file to write")
     arguments = parser.parse_args()
     try:
+        if arguments.results:
+            require_writable(arguments.results.parent)
         result = main(Policy.load(arguments.checkpoint), arguments.episodes, arguments.delay)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"seams: {error}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from vla.config import Job, load
+from vla.config import ConfigError, Job, load
 from vla.system import require_writable
 
 OTHER_SCENES = 10_000_000  # a curve that one looks at while tuning must not come from the final scenes
@@ -19,9 +19,18 @@ OTHER_SCENES = 10_000_000  # a curve that one looks at while tuning must not com
 def main(job: Job, resume: bool = False) -> Path:
     """Train as `job` says; returns the last checkpoint's folder."""
     from vla.data.frames import FrameStore
+    from vla.model.lora import require_adapters
+    from vla.training import checkpoint
     from vla.training.loop import train
 
     require_writable(job.output)
+    begin = checkpoint.checkpoints(Path(job.output) / "checkpoints") if resume else []
+    if job.train.init and not begin:
+        try:
+            checkpoint.verify(checkpoint.find(job.train.init))
+        except checkpoint.CheckpointError as error:
+            raise ConfigError("train.init", job.train.init, "an earlier checkpoint", str(error)) from error
+    require_adapters(job.model.lora)
     store = FrameStore.open_or_build(job.dataset_root, job.data.repo_id, job.data.cameras)
     if not job.train.evaluate_every:
         return train(job, store, resume)

@@ -33,6 +33,9 @@ def test_mean_and_spread_over_seeds() -> None:
     row = ablate.table([{"variant": "x", "runs": runs} | summary]).splitlines()[-1]
     assert row == "| x | 3 | 40% ± 20 | 50% ± 0 | 50% ± 0 | 200 |"
     assert ablate.summary(runs[:1])["std"]["success_rate"] is None
+    unknown = [run | {"blank_instruction_rate": None} for run in runs]
+    row = ablate.table([{"variant": "x", "runs": runs} | ablate.summary(unknown)]).splitlines()[-1]
+    assert row == "| x | 3 | 40% ± 20 | 50% ± 0 | – | 200 |"
 
 
 def test_variants_have_folders_of_their_own() -> None:
@@ -55,6 +58,8 @@ def run(path: Path) -> subprocess.CompletedProcess[str]:
         ("seeds: []", "seeds"),
         ("variants: {}", "variants"),
         ("at_once: 0", "at_once"),
+        ("variants: {a: --model.head=bins}", "variants"),
+        ("variants: {'a, b': [], 'a b': []}", "variants"),
         ("variants: {a: [--model.head=crystal]}", "model.head"),
     ],
 )
@@ -100,4 +105,10 @@ def test_finished_runs_stay(tmp_path: Path) -> None:
     rows = ablation("plain: [], bins: [--model.head=bins]")
     assert {row["variant"] for row in rows} == {"plain", "bins"}
     assert all(p.stat().st_mtime_ns == before for p, before in made.items())
+    changed = path.read_text().replace("bins: [--model.head=bins]", "bins: [--model.head=gmm]")
+    path.write_text(changed)
+    done = run(path)  # not what these folders were made by
+    assert done.returncode != 0
+    assert "model.head: got 'gmm', expected bins" in done.stderr
+    assert "Traceback" not in done.stderr
     assert "train" in (tmp_path / "out" / "bins_0" / "log.txt").read_text()

@@ -117,6 +117,22 @@ def test_each_layer_runs_once_per_step() -> None:
     assert lengths == [1] * H
 
 
+def test_a_head_that_makes_the_whole_chunk_is_told_its_prefix() -> None:
+    parts, told = Parts("flow", "pre", "parallel"), []
+    decode = parts.head.decode
+
+    def listening(hidden: Tensor, sample: bool = False, prefix: Any = None) -> Tensor:
+        told.append(prefix)
+        return decode(hidden, sample, prefix)
+
+    parts.head.decode = listening  # type: ignore[method-assign]
+    prefix, length = torch.randn(B, H, A, dtype=torch.float64), torch.tensor([0, 2, H])
+    parts.generate(prefix, length)
+    ((known, committed),) = told
+    assert torch.equal(committed.sum(dim=1), length)
+    assert torch.equal(known[committed], prefix[committed])
+
+
 class Generated(nn.Module):
     """Decoding with tensors alone going in."""
 

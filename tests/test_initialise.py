@@ -291,6 +291,14 @@ def test_random_weights_do_not_stay_frozen_below_adapters(first: Path) -> None:
         initialise_from(model, first)
 
 
+def test_a_random_text_encoder_does_not_stay_frozen_below_adapters(first: Path) -> None:
+    scratch = TextConfig("scratch", frozen=False, width=16, layers=1, heads=2)
+    job_model = toy_model(text=scratch, lora=LoraConfig(rank=2, on=("text",)))
+    model = VLA(job_model, toy_store().features, toy_store().statistics(), instructions=toy_store().tasks)
+    with pytest.raises(ValueError, match=r"nobody trained. got: text.encoder.* of text, .*remedy: "):
+        initialise_from(model, first)
+
+
 def test_a_damaged_checkpoint_is_refused(first: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(first, tmp_path / first.name))
     weights = bytearray((path / "model.safetensors").read_bytes())

@@ -306,7 +306,6 @@ def test_lsh_hashes_alike_after_a_checkpoint() -> None:
 def test_what_they_cannot_do_is_refused(kind: str) -> None:
     layer, x = attention(kind), tokens(8)
     for wrong in (
-        lambda: layer.weights(x, x),
         lambda: layer(x, tokens(8)),
         lambda: layer(x, x, causal=True),
         lambda: attention(kind, length=7)(x, x),
@@ -315,7 +314,6 @@ def test_what_they_cannot_do_is_refused(kind: str) -> None:
             wrong()
 
 
-def test_full_is_multi_head_attention_with_its_weights() -> None:
+def test_full_is_multi_head_attention() -> None:
     layer, x = attention("full"), tokens(9)
     assert torch.equal(MultiHeadAttention.forward(layer, x, x), layer(x, x))
-    torch.testing.assert_close(layer.weights(x, x).sum(-1), torch.ones(B, HEADS, 9))

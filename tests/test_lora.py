@@ -333,9 +333,10 @@ def test_peft_is_not_imported_without_adapters() -> None:
     )  # fmt: skip
 
 
-def test_peft_takes_what_transformers_saves(first: Path, tmp_path: Path) -> None:
+def test_peft_takes_what_transformers_saves(tmp_path: Path) -> None:
     """text/ of an adapted run is an encoder as transformers reads it, without adapters."""
-    path = train(tuned(tmp_path / "run", on=("text",), steps=1), toy_store())
+    model = toy_model(lora=LoraConfig(rank=2, on=("text",)))
+    path = train(toy_job(tmp_path / "run", model, steps=1), toy_store())
     encoder = AutoModel.from_pretrained(path / "text")
     original = AutoModel.from_pretrained(text_folder())
     assert encoder.state_dict().keys() == original.state_dict().keys()

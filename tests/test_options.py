@@ -73,7 +73,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "text from scratch": {"text": TextConfig("scratch", frozen=False, width=16, layers=1, heads=2)},
     "lora on text": lora("text"),
     "lora on everything": lora("text", "image", "trunk"),
+    "lora on linformer": lora("trunk") | {"attention": AttentionConfig("linformer", rank=8)},
+    "lsh in cross fusion": {"attention": AttentionConfig("lsh", chunk=8), "fusion": "cross"},
+    "resampler, history": {"image": image(resampler=ResamplerConfig(tokens=5)), "n_obs_steps": 3},
+    "no prefixes": {"max_prefix": 0},
+    "hybrid by name": {"image": image(backbone="vit_tiny_r_s16_p8_224", pixels=64)},
 }
+# What these change is not the answer to an observation.
+SAME_ANSWER = (
+    "dropout",
+    "camera dropout",
+    "checkpointing",
+    "chunked feed-forward",
+    "text tuned",
+    "no prefixes",
+)
 every_option = pytest.mark.parametrize("name", OPTIONS)
 
 
@@ -133,7 +147,61 @@ def test_it_builds_and_predicts_within_limits(name: str) -> None:
     assert chunk.isfinite().all()
     assert chunk.abs().max() <= 3
     assert torch.equal(chunk, model.predict_chunk(observe(model)))  # deterministic
-    assert model.predict_chunk(observe(model), sample=True).abs().max() <= 3
+    drawn = [model.predict_chunk(observe(model), sample=True) for _ in range(2)]
+    assert drawn[0].abs().max() <= 3
+    assert torch.equal(*drawn) == (model.config.head == "l1")
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "default"])
+def test_it_is_not_the_default(name: str) -> None:
+    """With the default's weights wherever names and shapes agree: what is left is what the option does."""
+    model, default = build(name).eval(), built("default").state_dict()
+    state = model.state_dict()
+    shared = {n: t for n, t in default.items() if n in state and state[n].shape == t.shape}
+    assert len(shared) > 10
+    model.load_state_dict(shared, strict=False)
+    if model.config.n_obs_steps == 1:
+        answers = [each.predict_chunk(observe(each)) for each in (model, built("default"))]
+        assert torch.allclose(*answers) == (name in SAME_ANSWER)
+
+
+@pytest.mark.parametrize("name", ["dropout", "camera dropout", "checkpointing", "chunked feed-forward"])
+def test_what_options_of_training_do(name: str) -> None:
+    """Dropout and absent cameras change the loss; the others how often, and on how much, a layer runs."""
+    losses, lengths = [], []
+    for option in ("default", name):
+        model = build(option).train()
+        model.encoder.get_submodule("layers.0.feed_forward.up").register_forward_hook(
+            lambda module, inputs, output: lengths.append(output.shape[1])
+        )
+        torch.manual_seed(1)
+        loss, _ = model.loss(draw_batch(model), encode(model))
+        loss.backward()
+        losses.append(loss.item())
+    (whole, *rest) = lengths
+    if name == "chunked feed-forward":
+        assert len(rest) == 3
+        assert sum(rest) == whole
+    else:
+        assert rest == [whole] * (1 + (name == "checkpointing"))
+    assert (losses[0] != pytest.approx(losses[1], rel=1e-5)) == ("dropout" in name or name == "checkpointing")
+
+
+def test_cameras_are_dropped_one_at_a_time_and_unseen() -> None:
+    model = build("camera dropout", prefix_probability=0.0).train()
+    absent = model.draw_absent(2000, torch.device("cpu"))
+    assert absent is not None
+    assert absent.sum(dim=1).max() == 1
+    assert absent.float().mean(dim=0).tolist() == pytest.approx([0.25, 0.25], abs=0.05)
+    batch, other = draw_batch(model), draw_batch(model)
+    other.images["wrist"] = 255 - other.images["wrist"]
+    losses = []
+    for hidden in ([[False, True]] * B, [[False, False]] * B):
+        setattr(model, "draw_absent", lambda n, device, hidden=hidden: torch.tensor(hidden))  # noqa: B010
+        losses.append([model.loss(each, encode(model))[0].item() for each in (batch, other)])
+    assert losses[0][0] == pytest.approx(losses[0][1], rel=1e-5)
+    assert losses[1][0] != pytest.approx(losses[1][1], rel=1e-5)
+    assert build("camera dropout").eval().draw_absent(B, torch.device("cpu")) is None
 
 
 @every_option

@@ -178,6 +178,15 @@ def change(**parts: Any) -> dict[str, Any]:
         ({"prefix": np.zeros((B, H, A), np.float32)}, "only one of prefix and prefix_length"),
         ({"prefix": np.zeros((B, 3, A)), "prefix_length": np.zeros(B, int)}, r"prefix. got: \(3, 3, 2\)"),
         ({"prefix": np.zeros((B, H, A)), "prefix_length": np.zeros(1, int)}, r"prefix_length. got: \(1,\)"),
+        (
+            {"prefix": np.zeros((B, H, A)), "prefix_length": np.array([0, 1, 3])},
+            r"prefix_length. got: \[0, 1, 3\]. expected: 0 … 2, as trained",
+        ),
+        ({"prefix": np.zeros((B, H, A)), "prefix_length": np.array([-1, 0, 0])}, r"prefix_length. got: \[-1"),
+        (
+            {"prefix": np.full((B, H, A), np.nan), "prefix_length": np.array([0, 1, 0])},
+            "numbers in the prefix. got: not finite",
+        ),
     ],
 )
 def test_what_does_not_fit_is_explained(policy: Policy, parts: dict[str, Any], expected: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from parity import parity
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vla.config import ConfigError, ImageConfig, ModelConfig, ResamplerConfig
+from vla.explain.maps import weights
 from vla.model.parameters import initialise_network
 from vla.model.resampler import RESAMPLERS, AllTokens, Resampler
 
@@ -65,15 +68,21 @@ def test_an_image_changes_its_own_tokens_only() -> None:
     assert changed.tolist() == [[False, False, False], [False, False, True]]
 
 
+def looked_at(module: Resampler, queries: Tensor, image: Tensor) -> Tensor:
+    """Where the first layer's queries (N, D) look in an image (V, D)."""
+    attention: Any = module.layers[0].attention
+    return weights(attention.split(attention.query(queries[None])), attention.key_values(image[None]).k)
+
+
 def test_the_instruction_changes_what_is_asked_of_its_own_images() -> None:
     module, (images, instruction) = resampler(), inputs()
     before = module(images, instruction)
-    looked = module.layers[0].attention.weights(module.queries[None], images[:1, 0])
+    looked = looked_at(module, module.queries, images[0, 0])
     instruction[1] = instruction[1].flip(0)
     changed = (module(images, instruction) - before).abs().amax(dim=(2, 3)) > 1e-3
     assert changed.tolist() == [[False] * IMAGES, [True] * IMAGES]
     shifted = module.queries + module.instruction(instruction[1])
-    assert not torch.allclose(looked, module.layers[0].attention.weights(shifted[None], images[:1, 0]))
+    assert not torch.allclose(looked, looked_at(module, shifted, images[0, 0]))
 
 
 def test_patches_have_no_order_and_queries_have_one() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,30 @@ def test_frozen_text_takes_no_gradient_and_no_dropout(text: TextTokens) -> None:
     assert not tokens.x.requires_grad
     assert torch.equal(tokens.x, text.encode(words).x)
     assert not any(parameter.requires_grad for parameter in text.parameters())
+
+
+def test_what_cannot_be_loaded_is_explained(tmp_path: Path) -> None:
+    def broken(change: Callable[[Path], None]) -> str:
+        shutil.rmtree(tmp_path / "broken", ignore_errors=True)
+        folder = Path(shutil.copytree(text_folder(), tmp_path / "broken"))
+        change(folder)
+        return str(folder)
+
+    def forget_words(folder: Path) -> None:
+        for file in [*folder.glob("token*"), *folder.glob("vocab*")]:
+            file.unlink()
+
+    def tear(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"torn")
+
+    for make, reason in (
+        (lambda: broken(forget_words), "knows no words"),
+        (lambda: broken(tear), "header too small"),
+        (lambda: "./nowhere", "no such folder"),
+    ):
+        name = make()
+        with pytest.raises(ValueError, match=f"model.text.encoder: .*{reason}.*expected: .*remedy: "):
+            TextTokens(TextConfig(encoder=name))
 
 
 def test_text_can_be_tuned() -> None:

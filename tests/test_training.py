@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import shutil
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from toy_run import metrics, toy_job, toy_model, toy_step, toy_store
 
 from vla.config import ConfigError, DataConfig, Job, TrainConfig
+from vla.observation import Observation
 from vla.training import checkpoint
 from vla.training.loop import train
 from vla.training.step import learning_rate
@@ -127,6 +129,50 @@ def test_rows_behind_the_resumed_step_are_dropped(tmp_path: Path) -> None:
 
 
 # One step
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("fusion", ["concat", "cross"])
+def test_checkpointing_changes_no_step(precision: str, fusion: str) -> None:
+    losses = []
+    for checkpointing in (False, True):
+        model = toy_model(checkpointing=checkpointing, dropout=0.0, fusion=fusion)
+        step = toy_step(toy_job(Path(), model, precision=precision))
+        losses.append([step(i)["loss"].item() for i in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_compiled_step_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    losses = []
+    for compiled in (False, True):
+        step = toy_step(toy_job(Path(), toy_model(dropout=0.0, decoding="autoregressive"), compile=compiled))
+        losses.append([step(i)["loss"].item() for i in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+ANSWERS = [("parallel", head) for head in ("l1", "bins", "gmm", "flow")] + [
+    ("autoregressive", head) for head in ("l1", "bins", "gmm")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("decoding", "head"), ANSWERS)
+def test_a_few_samples_are_answered_by_heart(decoding: str, head: str) -> None:
+    """The whole network, in the robot's units and decoded as on the robot."""
+    plain = {"dropout": 0.0, "prefix_probability": 0.0, "bins": 64, "components": 2}
+    data, steps = DataConfig(brightness=0, contrast=0, shift=0), 500
+    model = toy_model(**plain, decoding=decoding, head=head)
+    step = toy_step(toy_job(Path(), model, data, steps=steps, lr=3e-3, weight_decay=0.0), toy_store(1))
+    for i in range(steps):
+        step(i, measure=False)
+    batch = step.samples.batch(torch.arange(len(step.samples)))
+    seen = Observation(batch.images, batch.state, step.model.text.encode(step.words[batch.task]))
+    with torch.no_grad():
+        chunk = step.model.eval().predict_chunk(seen)
+    error = (chunk - batch.action).abs().mean(dim=2)[~batch.action_is_pad]
+    spread = (batch.action - batch.action.mean(dim=(0, 1))).abs().mean()
+    assert error.mean() < 0.25 * spread
 
 
 @pytest.mark.slow

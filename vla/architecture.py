@@ -6,6 +6,7 @@ knows (cameras, state and action dimensions) are not configured. Imports no torc
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from vla.checks import one_of, require
@@ -21,6 +22,10 @@ SIZES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 
+def require_positive(field_name: str, got: float) -> None:
+    require(0 < got < math.inf, field_name, got, "a positive number")
+
+
 @dataclass(frozen=True)
 class ResamplerConfig:
     """Learned, instruction-conditioned queries that read each image's tokens and replace them."""
@@ -30,7 +35,7 @@ class ResamplerConfig:
 
     def __post_init__(self) -> None:
         require(self.tokens >= 0, "model.image.resampler.tokens", self.tokens, "0 or more")
-        require(self.layers > 0, "model.image.resampler.layers", self.layers, "a positive number")
+        require_positive("model.image.resampler.layers", self.layers)
 
 
 @dataclass(frozen=True)
@@ -43,13 +48,15 @@ class ImageConfig:
     stem: str = "conv"  # scratch only: conv | patch
     conditioning: str = "film"  # of image tokens on the instruction: film | none
     pretrained: bool = False
-    frozen: bool = False
+    frozen: bool = False  # needs weights: pretrained, or train.init
     lr_multiplier: float = 1.0
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
 
     def __post_init__(self) -> None:
         one_of("model.image.stem", self.stem, ("conv", "patch"))
         one_of("model.image.conditioning", self.conditioning, ("film", "none"))
+        for name in ("pixels", "patch", "lr_multiplier"):
+            require_positive(f"model.image.{name}", getattr(self, name))
         if self.backbone != "scratch":
             return
         require(
@@ -84,10 +91,12 @@ class TextConfig:
     width: int = 128  # scratch only, as are the next three
     layers: int = 2
     heads: int = 4
+    # Its dropout is BERT's own, 0.1.
     vocabulary: int = 1000  # WordPieces learned from the dataset's instructions, at most
 
     def __post_init__(self) -> None:
-        require(self.max_tokens > 0, "model.text.max_tokens", self.max_tokens, "a positive number")
+        for name in ("max_tokens", "lr_multiplier"):
+            require_positive(f"model.text.{name}", getattr(self, name))
         if self.encoder != "scratch":
             return
         require(
@@ -95,7 +104,7 @@ class TextConfig:
             "set model.text.frozen=false and model.text.lr_multiplier=1, it has nothing to keep",
         )  # fmt: skip
         for name in ("width", "layers", "vocabulary"):
-            require(getattr(self, name) > 0, f"model.text.{name}", getattr(self, name), "a positive number")
+            require_positive(f"model.text.{name}", getattr(self, name))
         require(
             self.heads > 0 and self.width % self.heads == 0,
             "model.text.heads", self.heads, f"a divisor of width={self.width}",
@@ -115,8 +124,7 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         one_of("model.attention.kind", self.kind, ("full", "window", "linformer", "lsh"))
         for name in ("window", "rank", "chunk", "hashes"):
-            got = getattr(self, name)
-            require(got > 0, f"model.attention.{name}", got, "a positive number")
+            require_positive(f"model.attention.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, "model.lora.rank", self.rank, "0 or more")
-        require(self.alpha > 0, "model.lora.alpha", self.alpha, "a positive number")
+        require_positive("model.lora.alpha", self.alpha)
         require(0 <= self.dropout < 1, "model.lora.dropout", self.dropout, "a share in [0, 1)")
         require(len(self.on) > 0, "model.lora.on", list(self.on), "at least one of text, image, trunk")
         for part in self.on:
@@ -158,8 +166,10 @@ class ModelConfig:
     max_prefix: int = 8  # longest committed prefix drawn in training
     prefix_probability: float = 0.25  # share of training samples that carry one
     camera_dropout: float = 0.0  # share of training samples that miss one of their cameras
-    checkpointing: bool = False  # layers forget their activations and compute them again going backward
-    feed_forward_chunks: int = 1  # parts of the sequence that the feed-forward layers handle in turn
+    # Of encoder, decoder and flow: forget activations and compute them again going backward; parts of the
+    # sequence that the feed-forward layers handle in turn.
+    checkpointing: bool = False
+    feed_forward_chunks: int = 1
     d_model: int = 0
     n_heads: int = 0
     d_ff: int = 0
@@ -189,18 +199,17 @@ class ModelConfig:
             "model.decoding", self.decoding, "parallel with head=flow, which makes the chunk as a whole",
             "set model.decoding=parallel, or take another head",
         )  # fmt: skip
-        for name in ("chunk_size", "n_obs_steps", "components", "flow_steps", "flow_layers"):
-            require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "a positive number")
-        require(
-            self.feed_forward_chunks > 0, "model.feed_forward_chunks", self.feed_forward_chunks, "1 or more"
-        )
+        for name in ("chunk_size", "n_obs_steps", "components", "flow_steps", "flow_layers",
+                     "feed_forward_chunks", *SIZES[self.size]):  # fmt: skip
+            require_positive(f"model.{name}", getattr(self, name))
         require(self.bins > 1, "model.bins", self.bins, "2 or more")
         require(
             0 <= self.max_prefix < self.chunk_size,
             "model.max_prefix", self.max_prefix, f"0 ≤ max_prefix < chunk_size={self.chunk_size}",
         )  # fmt: skip
-        for name in ("prefix_probability", "camera_dropout", "dropout"):
+        for name in ("prefix_probability", "camera_dropout"):
             require(0 <= getattr(self, name) <= 1, f"model.{name}", getattr(self, name), "a share in [0, 1]")
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "a share in [0, 1)")
         for width, heads in (("d_model", "n_heads"), ("image_width", "image_heads")):
             d, n = getattr(self, width), getattr(self, heads)
-            require(n > 0 and d % n == 0, f"model.{heads}", n, f"a divisor of {width}={d}")
+            require(d % n == 0, f"model.{heads}", n, f"a divisor of {width}={d}")

@@ -18,8 +18,12 @@ class ConfigError(ValueError):
     """A configuration that cannot work: says what was got, what was expected, what to do."""
 
     def __init__(self, field_name: str, got: Any, expected: str, remedy: str = "") -> None:
+        self.parts = (field_name, got, expected, remedy)
         remedy = remedy or f"set {field_name} accordingly"
         super().__init__(f"{field_name}: got {got!r}, expected {expected}. remedy: {remedy}.")
+
+    def __reduce__(self) -> Any:  # so that it survives the way back from another process
+        return type(self), self.parts
 
 
 def require(condition: bool, field_name: str, got: Any, expected: str, remedy: str = "") -> None:

@@ -118,6 +118,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "log_every", "save_every", "keep", "evaluate_episodes"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "a positive number")
         require(self.lr > 0, "train.lr", self.lr, "a positive number")
+        for name in ("warmup_steps", "weight_decay"):
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
         require(
             self.grad_clip > 0, "train.grad_clip", self.grad_clip, "a positive number", "use .inf for none"
         )
@@ -176,6 +178,11 @@ class Job:
         require(
             self.evaluate.n_action_steps <= self.model.chunk_size, "evaluate.n_action_steps",
             self.evaluate.n_action_steps, f"at most model.chunk_size={self.model.chunk_size}",
+        )  # fmt: skip
+        image = self.model.image
+        require(
+            not image.frozen or image.pretrained or bool(self.train.init), "model.image.frozen", True,
+            "weights that were trained", "set model.image.pretrained=true, or train.init to a checkpoint",
         )  # fmt: skip
         lora = self.model.lora
         random = untrained(self.model) & set(lora.on) if lora.rank and not self.train.init else set()

@@ -25,22 +25,32 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-@contextlib.contextmanager
-def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """Run matrix products in bf16; `auto` does so where the device multiplies bf16 in hardware.
+def multiplies_in(device: torch.device, precision: str) -> str:
+    """fp32 or bf16; `auto` is bf16 where the device multiplies it in hardware."""
+    if precision != "auto":
+        return precision
+    on_cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if on_cpu or device.type == "cuda" else "fp32"
 
-    On the CPU attention then runs as written instead of in the fused kernel, whose bf16 backward
+
+@contextlib.contextmanager
+def kernels(device: torch.device, precision: str) -> Iterator[None]:
+    """Choose attention's kernel, for the way forward and, where layers are computed again, the way back.
+
+    In bf16 on the CPU attention runs as written instead of in the fused kernel, whose backward
     takes more than half of a training step (measured: 2.2 times as many samples a second).
     """
-    if precision == "auto":
-        on_cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-        precision = "bf16" if on_cpu or device.type == "cuda" else "fp32"
-    if precision == "fp32":
-        yield
-    elif device.type == "cpu":
+    if device.type == "cpu" and multiplies_in(device, precision) == "bf16":
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # sums in bf16, CPU included
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     else:
-        with torch.autocast(device.type, torch.bfloat16):
-            yield
+        yield
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """Run matrix products in the precision, and attention in its kernel."""
+    enabled = multiplies_in(device, precision) == "bf16"
+    with torch.autocast(device.type, torch.bfloat16, enabled=enabled), kernels(device, precision):
+        yield

@@ -67,7 +67,7 @@ class Policy:
         """Predict the next H actions for B robots at once.
 
         images: camera -> (B, T, h, w, 3) uint8, oldest first; a policy trained with camera_dropout
-        does without some of its cameras, but not without all; state: (B, T, P) in robot units;
+        does without one of its cameras; state: (B, T, P) in robot units;
         tasks: B instructions; prefix: (B, H, A) actions already committed, of which the first
         prefix_length (B,) count. Returns (B, H, A) float32 in robot units, inside the limits of
         the demonstrations; committed actions come back unchanged in their places.
@@ -108,7 +108,7 @@ class Policy:
         prefix_length: np.ndarray | None,
     ) -> None:
         features, b, t = self.features, len(tasks), self.n_obs_steps
-        self._check_cameras(set(images))
+        self.require_cameras(set(images))
         for name, image in images.items():
             fit(f"type of camera {name}", str(image.dtype), "uint8")
             got = (*image.shape[:2], "h", "w", image.shape[4]) if image.ndim == 5 else image.shape
@@ -125,13 +125,23 @@ class Policy:
             )
         fit("shape of the prefix", prefix.shape, (b, self.chunk_size, features.action_dim))
         fit("shape of prefix_length", prefix_length.shape, (b,))
+        longest = self.model.actions.longest_prefix
+        within = bool(((prefix_length >= 0) & (prefix_length <= longest)).all())
+        lengths = f"0 … {longest}, as trained (model.max_prefix)"
+        fit("prefix_length", lengths if within else prefix_length.tolist(), lengths)
+        read = np.arange(self.chunk_size) < prefix_length[:, None]  # (B, H)
+        finite = bool(np.isfinite(prefix[read]).all())
+        fit("numbers in the prefix", "all finite" if finite else "not finite", "all finite")
 
-    def _check_cameras(self, got: set[str]) -> None:
+    def require_cameras(self, got: set[str]) -> None:
+        """Raise ValueError unless the policy can act by these cameras: all, or all but one after camera_dropout."""
         expected = set(self.features.cameras)
-        if got and got < expected and self.job.model.camera_dropout == 0:
+        may_miss = int(self.job.model.camera_dropout > 0)
+        if got and got < expected and len(expected - got) > may_miss:
             raise ValueError(
-                f"The policy cannot do without a camera. got: {sorted(got)}. expected: {sorted(expected)}. "
-                "remedy: show it all cameras, or train one with model.camera_dropout=0.2."
+                f"The policy cannot do without {may_miss + 1} of its cameras. got: {sorted(got)}. expected: "
+                f"{sorted(expected)}{', or all but one' if may_miss else ''}. remedy: show it more cameras"
+                f"{'' if may_miss else ', or train one with model.camera_dropout=0.2, which then does without one'}."
             )
         if not got or not got <= expected:
             fit("cameras", sorted(got), sorted(expected))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -84,13 +83,3 @@ class MultiHeadAttention(nn.Module):
         keep = keep_mask(pad, q.shape[2], causal)
         dropout = self.dropout if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, keep, dropout, is_causal=causal and keep is None)
-
-    @torch.no_grad()
-    def weights(self, x: Tensor, memory: Tensor, pad: Tensor | None = None, causal: bool = False) -> Tensor:
-        """softmax(Q Kᵀ / √d), (B, n, Q, S) float32: what `forward` weighs the values by; to look at."""
-        q, k = self.split(self.query(x)).float(), self.key_values(memory).k.float()
-        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # (B, n, Q, S)
-        none = x.new_zeros(len(memory), memory.shape[1], dtype=torch.bool)
-        keep = keep_mask(none if pad is None else pad, q.shape[2], causal)
-        assert keep is not None
-        return scores.masked_fill(~keep, -torch.inf).softmax(dim=-1)

@@ -22,12 +22,17 @@ from vla.observation import Tokens
 
 
 class Parallel(nn.Module):
-    """H open tokens, of which the first ones may carry committed actions; one pass gives all actions."""
+    """H open tokens, of which the first ones may carry committed actions; one pass gives all actions.
+
+    drawn_prefix: how many at most, at random, in training; longest_prefix: how many it can then continue.
+    """
 
     def __init__(self, config: ModelConfig, normalizer: Normalizer) -> None:
         super().__init__()
+        self.drawn_prefix = self.longest_prefix = config.max_prefix
         self.open = nn.Parameter(torch.empty(config.d_model))
         self.committed = nn.Linear(len(normalizer.low), config.d_model)
+        self.committed.requires_grad_(config.max_prefix > 0)
         self.positions = POSITIONS[config.positions](config.chunk_size, config.d_model)
 
     def forward(self, actions: Tensor, committed: Tensor) -> Tensor:
@@ -52,12 +57,15 @@ class Autoregressive(nn.Module):
     """Action token t carries action t - 1, token 0 a start symbol; its output is action t.
 
     In training the actions are the demonstrated ones (teacher forcing), so that one causal pass learns
-    all steps. Feeding an action back invites copying it (README): compare with `parallel`.
+    all steps, and to continue a prefix of any length: none need be drawn.
+    Feeding an action back invites copying it (README): compare with `parallel`.
     """
+
+    drawn_prefix = 0
 
     def __init__(self, config: ModelConfig, normalizer: Normalizer) -> None:
         super().__init__()
-        self.normalizer = normalizer
+        self.normalizer, self.longest_prefix = normalizer, config.chunk_size
         self.start = nn.Parameter(torch.empty(config.d_model))
         self.previous = nn.Linear(len(normalizer.low), config.d_model)
         self.positions = POSITIONS[config.positions](config.chunk_size, config.d_model)

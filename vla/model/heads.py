@@ -4,7 +4,8 @@
 
 Actions are normalised here; vla.py turns them into robot units and clips them to the limits of the
 data. l1, bins and gmm act token by token, so an autoregressive decoder may call them with H = 1;
-flow makes the chunk as a whole. A new head is one class beside these and a line in HEADS.
+flow makes the chunk as a whole. A new head is one class beside these, a line in HEADS and its name in
+architecture.py.
 """
 
 from __future__ import annotations
@@ -195,6 +196,7 @@ class FlowHead(nn.Module):
         self.trunk = Encoder(
             config.flow_layers, d_model, causal=True, n_heads=config.n_heads, d_ff=config.d_ff,
             dropout=config.dropout, norm=config.norm, activation=config.activation,
+            checkpointing=config.checkpointing, chunks=config.feed_forward_chunks,
         )  # fmt: skip
         self.out = nn.Linear(d_model, action_dim)
         # Where decoding starts unless it samples: the same draw for ever, so that replanning does not jump

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from vla.architecture import ModelConfig
 from vla.model.backbone import BACKBONES, PLACES, measure, sequence
 from vla.model.parameters import trains
+from vla.model.positions import STEPS
 from vla.model.resampler import RESAMPLERS
 from vla.observation import Tokens
 
@@ -96,7 +97,7 @@ class ImageTokens(nn.Module):
         self.count: int = self.resampler.count
         self.camera = nn.Parameter(torch.empty(len(cameras), 1, config.d_model))
         steps = config.n_obs_steps
-        self.time = nn.Parameter(torch.empty(steps, 1, 1, config.d_model)) if steps > 1 else None
+        self.time = STEPS[steps > 1](steps, 1, 1, config.d_model)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> ImageTokens:
@@ -121,9 +122,7 @@ class ImageTokens(nn.Module):
         grid = grid.unflatten(0, (len(text.x), -1))  # (B, I, V, W)
         x = self.places(self.projection(self.conditioning(grid, instruction)))  # (B, I, V, D)
         x = self.resampler(x, instruction)  # (B, I, N, D)
-        x = x.unflatten(1, (steps, -1)) + self.camera  # (B, T, C, N, D)
-        if self.time is not None:
-            x = x + self.time
+        x = self.time(x.unflatten(1, (steps, -1)) + self.camera)  # (B, T, C, N, D)
         return x.flatten(1, 3)  # (B, I * N, D)
 
     def resized(self, images: Tensor) -> Tensor:

@@ -63,11 +63,6 @@ class LongAttention(MultiHeadAttention):
         y = in_order(x, order)
         return in_order(super().forward(y, y, pad.gather(1, order)), order.argsort(dim=1))
 
-    def weights(self, x: Tensor, memory: Tensor, pad: Tensor | None = None, causal: bool = False) -> Tensor:
-        """Raises ValueError: there is no (S, S) map to look at."""
-        self.require(False, "a request for attention weights", "none, only kind=full has them")
-        raise AssertionError
-
     def require(self, holds: bool, got: str, expected: str) -> None:
         if not holds:
             raise ValueError(

@@ -22,16 +22,16 @@ PARTS: dict[str, tuple[str, ...]] = {
     "image": ("tokens.image.backbone",),
     "trunk": ("encoder", "decoder"),
 }
-UNREAD = (
-    "pooler",
-    "attn_pool",
-    "head",
-)  # of text encoders and backbones: made for one vector, all tokens are kept
+# Of text encoders and backbones: made for one vector, while all tokens are kept.
+UNREAD = ("pooler", "attn_pool", "head")
+# Of linformer attention: not called as layers, their weights are read in part.
+READ_IN_PART = (".attention.keys", ".attention.values")
 ADAPTER = ".lora_"  # in the name of every adapter's parameter, in no other
 BASE = ".base_layer"  # what peft puts into the names of the weights it wraps
 
 
 def is_adapted(config: ModelConfig, part: str) -> bool:
+    """Whether a part of the configuration carries adapters."""
     return config.lora.rank > 0 and part in config.lora.on
 
 
@@ -48,9 +48,19 @@ def adapt(model: nn.Module, config: LoraConfig) -> None:
     model.train(model.training)  # a frozen part that begins to train leaves evaluation mode
 
 
+def require_adapters(config: LoraConfig) -> None:
+    """Raise ConfigError when adapters are asked for and peft is not installed."""
+    if config.rank > 0:
+        _peft(config)
+
+
 def _inject(module: nn.Module, config: LoraConfig) -> None:
     peft = _peft(config)
-    names = [n for n, child in module.named_modules() if _is_linear(child) and not n.startswith(UNREAD)]
+    names = [
+        n
+        for n, child in module.named_modules()
+        if is_linear(child) and not n.startswith(UNREAD) and not n.endswith(READ_IN_PART)
+    ]
     require(
         bool(names), "model.lora.on", list(config.on), f"parts with linear layers, {type(module).__name__} has none",
         "take image out of it, or a transformer as backbone",
@@ -76,7 +86,7 @@ def _peft(config: LoraConfig) -> Any:
     return peft
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or _is_conv1d(module)
 
 

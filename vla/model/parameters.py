@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vla.config import ModelConfig
-from vla.model.lora import ADAPTER
+from vla.model.lora import ADAPTER, is_linear
 
 EMBEDDING_STD = 0.5  # the order of the sinusoids (0.7) and of the projected tokens they are added to
 STACKS = ("layers", "blocks")  # what a stack of residual layers is called, here and in timm
@@ -73,10 +73,8 @@ def parameter_groups(model: nn.Module, config: ModelConfig, weight_decay: float)
     which begin at zero and have nothing to keep, do not.
     """
     matrices = {
-        id(module.weight)
-        for module in model.modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    }  # fmt: skip
+        id(module.weight) for module in model.modules() if is_linear(module) or isinstance(module, nn.Conv2d)
+    }
     multipliers = {
         "tokens.image.backbone.": config.image.lr_multiplier,
         "text.encoder.": config.text.lr_multiplier,

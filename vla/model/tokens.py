@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vla.architecture import ModelConfig
 from vla.data.normalize import Normalizer, Statistics
 from vla.model.image import Augment, ImageTokens
+from vla.model.positions import STEPS
 from vla.observation import STATE, Features, Observation, Tokens
 
 
@@ -26,12 +27,11 @@ class StateTokens(nn.Module):
         self.up = nn.Linear(state_dim, config.d_model)
         self.out = nn.Linear(config.d_model, config.d_model)
         steps = config.n_obs_steps
-        self.time = nn.Parameter(torch.empty(steps, config.d_model)) if steps > 1 else None
+        self.time = STEPS[steps > 1](steps, config.d_model)
 
     def forward(self, state: Tensor) -> Tensor:
         """(B, T, P) in robot units -> (B, T, D)."""
-        x = self.out(nn.functional.gelu(self.up(self.normalizer.normalize(state))))
-        return x if self.time is None else x + self.time
+        return self.time(self.out(nn.functional.gelu(self.up(self.normalizer.normalize(state)))))
 
 
 class MultimodalTokens(nn.Module):

@@ -7,9 +7,10 @@
 What departs from the Transformer of Vaswani et al. 2017: the encoder reads one sequence of image,
 text and state tokens, the image tokens being conditioned on the instruction before that
 (`image.conditioning: film`, or `none`); the decoder's input is not the shifted target but one
-learned "open" token per action, so that all H actions come out of one pass. Being causal, it can
-continue actions that are already committed to the robot: the first d tokens then carry those (a
-committed prefix), drawn at random in training, given at inference.
+learned "open" token per action, so that all H actions come out of one pass (`decoding: parallel`;
+`autoregressive` is the original). Being causal, it can continue actions that are already committed
+to the robot: the first d tokens then carry those (a committed prefix), drawn at random in training,
+given at inference.
 
 Normalisation lives inside: uint8 images and raw state go in, robot units come out.
 """
@@ -29,7 +30,7 @@ from vla.checks import require
 from vla.data.normalize import Normalizer, Statistics
 from vla.model.decoding import DECODINGS
 from vla.model.fusion import FUSIONS
-from vla.model.heads import HEADS
+from vla.model.heads import HEADS, average
 from vla.model.image import Augment
 from vla.model.long_attention import ATTENTIONS
 from vla.model.lora import adapt
@@ -95,7 +96,8 @@ class VLA(nn.Module):
     ) -> Tensor:
         """Hidden states of the action tokens (B, H, D); row t depends on actions 0 … t only.
 
-        actions: (B, H, A) normalised, read where committed (B, H) bool is True.
+        actions: (B, H, A) normalised. Parallel decoding reads them where committed (B, H) bool is True,
+        autoregressive reads all but the last: the pass of teacher forcing.
         """
         memory = self.encode(observation, augment)
         return self.decoder(self.actions(actions, committed), memory)
@@ -108,7 +110,8 @@ class VLA(nn.Module):
         text: the features of each sample's instruction (B, L, W); augment: see ImageTokens. In
         training mode samples carry prefixes as configured, in evaluation mode none does.
         Returns the scalar and numbers to log, all on the device, none unless `measure`: action_error,
-        the mean absolute error in robot units, for which the head must decode.
+        the mean absolute error in robot units, for which the head must decode. Autoregressive decoding
+        is measured on the demonstrated actions before each, which parallel decoding does not see.
         """
         target = self.normalizer.normalize(batch.action)  # (B, H, A)
         committed = self.leading(self.draw_prefixes(len(target), target.device))  # (B, H)
@@ -117,13 +120,11 @@ class VLA(nn.Module):
         hidden = self(observation, target, committed, augment)  # (B, H, D)
         ignore = batch.action_is_pad | committed  # (B, H)
         loss = self.head.loss(hidden, target, ignore)
-        return loss, {"action_error": self.error(hidden, batch.action, ignore)} if measure else {}
-
-    @torch.no_grad()
-    def error(self, hidden: Tensor, action: Tensor, ignore: Tensor) -> Tensor:
-        """Mean absolute error in robot units, over the actions that are not ignored."""
-        error = (self.normalizer.unnormalize(self.head.decode(hidden)) - action).abs().mean(dim=2)  # (B, H)
-        return torch.where(ignore, 0, error).sum() / (~ignore).sum().clamp(min=1)
+        if not measure:
+            return loss, {}
+        with torch.no_grad():
+            chunk = self.normalizer.unnormalize(self.head.decode(hidden, prefix=(target, committed)))
+            return loss, {"action_error": average((chunk - batch.action).abs().mean(dim=2), ignore)}
 
     def predict_chunk(
         self,
@@ -158,8 +159,8 @@ class VLA(nn.Module):
         return some & (torch.arange(cameras, device=device) == which)
 
     def draw_prefixes(self, batch: int, device: torch.device) -> Tensor:
-        """Prefix lengths (B,) int64: mostly 0, else uniform in 1 … max_prefix; 0 when not training."""
-        longest = self.config.max_prefix
+        """Prefix lengths (B,) int64: mostly 0, else uniform in 1 … drawn_prefix; 0 when not training."""
+        longest = self.actions.drawn_prefix
         if not self.training or longest == 0:
             return torch.zeros(batch, dtype=torch.int64, device=device)
         some = torch.rand(batch, device=device) < self.config.prefix_probability

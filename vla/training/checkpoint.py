@@ -35,7 +35,8 @@ from vla.system import sha256
 
 MANIFEST = "manifest.json"
 # What decides how training goes on, beside the model, the data and the seed.
-COURSE = ("batch_size", "lr", "warmup_steps", "weight_decay", "betas", "grad_clip", "ema_decay", "precision")
+COURSE = ("batch_size", "lr", "init", "warmup_steps", "weight_decay", "betas", "grad_clip", "ema_decay",
+          "precision")  # fmt: skip
 
 
 class CheckpointError(ValueError):

@@ -93,7 +93,7 @@ def initialise_from(model: VLA, path: Path) -> Report:
             target.copy_(source[name])
             report.taken[name] = target.numel()
     report.unused += [name for name in source if name not in targets]
-    _require_enough(model, report)
+    _require_enough(model, report, text_taken=any(name.startswith(TEXT) for name in targets))
     return report
 
 
@@ -143,7 +143,7 @@ def _text(model: VLA, path: Path, targets: dict[str, Tensor], source: dict[str, 
     )
 
 
-def _require_enough(model: VLA, report: Report) -> None:
+def _require_enough(model: VLA, report: Report, text_taken: bool) -> None:
     if all(name.startswith(TEXT) for name in report.taken):
         raise ValueError(
             f"train.init: nothing of the checkpoint fits. got: {report}. expected: a checkpoint that shares "
@@ -151,11 +151,10 @@ def _require_enough(model: VLA, report: Report) -> None:
         )
     lora = model.config.lora
     for part in untrained(model.config) & set(lora.on if lora.rank else ()):
-        left = [
-            n
-            for n in [*report.missing, *report.reshaped]
-            if n.startswith(tuple(f"{m}." for m in PARTS[part]))
-        ]
+        places = tuple(f"{module}." for module in PARTS[part])
+        left = [name for name in [*report.missing, *report.reshaped] if name.startswith(places)]
+        if part == "text" and not text_taken:
+            left = [name for name in plain_state(model) if name.startswith(places)]
         if left:
             raise ValueError(
                 f"model.lora.on: weights below adapters that nobody trained. got: {grouped(left)} of {part}, which "

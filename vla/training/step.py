@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vla.config import Job, TrainConfig
 from vla.data.augment import augment
 from vla.data.samples import Samples
-from vla.device import autocast
+from vla.device import autocast, kernels
 from vla.model.parameters import trains
 from vla.model.vla import VLA, parameter_groups
 from vla.observation import Tokens
@@ -89,7 +89,8 @@ class TrainStep:
         batch = self.samples.batch(self.samples.draw(self.config.batch_size, self.generator))
         loss, metrics = self.loss_of(batch, measure)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with kernels(self.device, self.config.precision):
+            loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
         self.average.update(self.model, step)
