@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from vla.config import ConfigError, Job, load
+from vla.config import Job, load
 from vla.system import require_writable
 
 OTHER_SCENES = 10_000_000  # a curve that one looks at while tuning must not come from the final scenes
@@ -29,7 +29,7 @@ def main(job: Job, resume: bool = False) -> Path:
         try:
             checkpoint.verify(checkpoint.find(job.train.init))
         except checkpoint.CheckpointError as error:
-            raise ConfigError("train.init", job.train.init, "an earlier checkpoint", str(error)) from error
+            raise ValueError(f"train.init: {error}") from error
     require_adapters(job.model.lora)
     store = FrameStore.open_or_build(job.dataset_root, job.data.repo_id, job.data.cameras)
     if not job.train.evaluate_every:

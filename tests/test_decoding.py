@@ -165,3 +165,50 @@ def test_one_graph_without_breaks_serves_every_prefix(decoding: str, head: str) 
         inputs = (parts.memory.x, parts.memory.pad, known, committed)
         torch.testing.assert_close(compiled(*inputs), generate(*inputs))
     assert len(graphs) == 1
+
+
+# One situation, two ways to act: a chunk is all +0.8 or all -0.8, each half the time
+
+
+def one_way(decoding: str, head: str, n: int = 300) -> tuple[float, float]:
+    """Train on it: the share of drawn chunks that keep to one way, and of those that go up."""
+    torch.manual_seed(0)
+    one = [1.0]
+    limits = Normalizer(DimensionStatistics([0.0], one, [-1.0], one, one, one))
+    config = toy_model(chunk_size=4, head=head, decoding=decoding, bins=21, components=2, dropout=0.0)
+    parts = nn.ModuleDict(
+        {
+            "actions": DECODINGS[decoding](config, limits),
+            "decoder": Decoder(2, D, n_heads=2, d_ff=64),
+            "head": HEADS[head](config, limits),
+        }
+    )
+    initialise_network(parts)
+    actions, decoder, out = (parts[name] for name in ("actions", "decoder", "head"))
+    optimizer = torch.optim.Adam(parts.parameters(), lr=3e-3)
+
+    def memory(n: int) -> Tokens:
+        return Tokens(torch.ones(n, 1, D), torch.zeros(n, 1, dtype=torch.bool))
+
+    none = torch.zeros(128, 4, dtype=torch.bool)
+    for _ in range(300):
+        target = (0.8 * (torch.randint(0, 2, (128, 1, 1)) * 2.0 - 1)).expand(128, 4, 1)
+        loss = out.loss(decoder(actions(target, none), memory(128)), target, none)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        nothing = torch.zeros(n, 4, dtype=torch.bool)
+        up = actions.generate(decoder, out, memory(n), torch.zeros(n, 4, 1), nothing, sample=True)[..., 0] > 0
+    return (up.all(dim=1) | ~up.any(dim=1)).float().mean().item(), up[:, 0].float().mean().item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["bins", "gmm"])
+def test_decoding_one_by_one_keeps_a_chunk_to_one_of_two_ways(head: str) -> None:
+    consistent, up = one_way("autoregressive", head)
+    assert consistent > 0.97
+    assert 0.35 < up < 0.65
+    consistent, up = one_way("parallel", head)  # each action tosses its own coin: 2 of 16 chunks
+    assert consistent < 0.25
+    assert 0.35 < up < 0.65
