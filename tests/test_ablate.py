@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from load_script import SCRIPTS, load_script
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import ablate  # noqa: E402
+ablate = load_script("ablate")
 
 
 def test_mean_and_spread_over_seeds() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,18 +11,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from load_script import load_script
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "benchmark.py"
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("scripts_benchmark", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmark")
 
 
 def test_timing_is_of_the_samples_and_of_the_peer_in_the_same_round(benchmark: ModuleType) -> None:

@@ -189,7 +189,9 @@ def test_a_script_ends_with_one_line_and_no_traceback() -> None:
 def table_of_systems() -> list[list[str]]:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     section = readme.partition("## The systems of the network")[2].partition("\n## ")[0]
-    return [line.split("|")[1:-1] for line in section.splitlines() if "`--model" in line or "`--train" in line]
+    return [
+        line.split("|")[1:-1] for line in section.splitlines() if "`--model" in line or "`--train" in line
+    ]
 
 
 def test_the_readmes_options_are_options() -> None:

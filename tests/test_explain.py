@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import math
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from load_script import load_script
 from parity import parity
 from PIL import Image
 from torch import Tensor
@@ -229,7 +229,7 @@ def test_the_memory_is_cut_where_the_network_puts_its_tokens() -> None:
     wrist = memory.of_images(marked(image.camera, 1))
     assert wrist[:, 1].all()
     assert not wrist[:, 0].any()
-    newest = memory.of_images(marked(image.time, 1))
+    newest = memory.of_images(marked(image.time.table, 1))
     assert newest[1].all()
     assert not newest[0].any()
     state = marked(model.tokens.modality, 2)
@@ -432,12 +432,7 @@ def test_localisation_needs_an_environment_that_tells() -> None:
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("scripts_explain", ROOT / "scripts" / "explain.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("explain")
 
 
 @pytest.mark.parametrize("name", ["default", "linformer"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from load_script import load_script
 from toy_run import toy_job, toy_model, toy_step
 
 from vla.config import EvaluateConfig
@@ -20,13 +20,7 @@ H, EVERY, DELAY = 8, 4, 2
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).parent.parent / "scripts" / "seams.py"
-    spec = importlib.util.spec_from_file_location("scripts_seams", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("seams")
 
 
 class Counting(Policy):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 import shutil
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from load_script import load_script
 from safetensors.torch import load_file
 from toy_run import metrics, toy_job, toy_model, toy_step, toy_store
 
@@ -295,12 +295,7 @@ def test_wandb_offline_writes_a_run(tmp_path: Path) -> None:
 
 
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("train_script", ROOT / "scripts" / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("train")
 
 
 @pytest.mark.slow
