@@ -118,7 +118,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "peak over patches: on the named object, on others of its kind, by chance, and with the peaks of other scenes;",
         "most attended of its kind, and follows the instruction: with what chance gives in brackets",
-        f"{'':32} on target   95 % interval   on others   chance   swapped   most attended   follows",
+        f"{'':32} on target   95 % interval   on others   chance   swapped   most attended       follows",
     ]
     for when in ("first_look", "second_look"):
         for name, row in result[when].items():
@@ -127,7 +127,7 @@ def table(result: dict[str, Any]) -> str:
             cells.append(f"{percent(row['most_attended']['rate'])} ({percent(row['most_chance'])})")
             cells.append(percent(row["follows"]["rate"]) + (" (50 %)" if row["follows"]["n"] else ""))
             bounds = f"{100 * low:.0f} – {100 * high:.0f} %"
-            widths = zip(cells, (12, 9, 10, 16, 10), strict=True)
+            widths = zip(cells, (12, 9, 10, 16, 14), strict=True)
             lines.append(
                 f"{when.replace('_', ' ') + ', ' + name:32} {percent(row['peak_on_target']['rate']):>9} {bounds:>15}"
                 + "".join(f"{cell:>{width}}" for cell, width in widths)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from parity import parity
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vla.config import ConfigError, ImageConfig, ModelConfig, ResamplerConfig
@@ -224,6 +226,25 @@ def test_measuring_a_backbone_changes_nothing() -> None:
     torch.manual_seed(0)
     timm.create_model("resnet18", num_classes=0)
     assert torch.equal(torch.rand(1), drawn)
+
+
+def test_pretrained_weights_are_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From the hub's cache, where a file of our own lies in the place of timm's."""
+    name = "vit_tiny_patch16_224"
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg is not None
+    theirs = timm.create_model(name, num_classes=cfg.num_classes)
+    folder = tmp_path / f"models--{str(cfg.hf_hub_id).replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    save_file(theirs.state_dict(), folder / "snapshots" / ("0" * 40) / "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = ModelConfig(size="tiny", image=ImageConfig(name, 64, pretrained=True))
+    mine = ImageTokens(config, ["front"], TEXT_WIDTH).backbone.state_dict()
+    for key, tensor in theirs.state_dict().items():
+        if key not in ("pos_embed", "head.weight", "head.bias"):  # resized; and left out
+            assert torch.equal(mine[key], tensor), key
 
 
 def test_unreachable_weights_are_answered_with_a_remedy() -> None:

@@ -78,6 +78,19 @@ def test_frozen_text_takes_no_gradient_and_no_dropout(text: TextTokens) -> None:
     assert not any(parameter.requires_grad for parameter in text.parameters())
 
 
+def test_an_encoder_comes_by_its_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From the hub's cache, where a folder of our own lies."""
+    folder = tmp_path / "models--somebody--words"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(text_folder(), folder / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    named, local = (TextTokens(TextConfig(encoder=name)) for name in ("somebody/words", text_folder()))
+    words = local.tokenize(INSTRUCTIONS)
+    assert torch.equal(named.tokenize(INSTRUCTIONS).x, words.x)
+    assert torch.equal(named.encode(words).x, local.encode(words).x)
+
+
 def test_what_cannot_be_loaded_is_explained(tmp_path: Path) -> None:
     def broken(change: Callable[[Path], None]) -> str:
         shutil.rmtree(tmp_path / "broken", ignore_errors=True)

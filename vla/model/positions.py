@@ -51,7 +51,7 @@ class LearnedPositions(nn.Module):
         return self.table[:length]
 
 
-class Moments(nn.Module):
+class StepEmbedding(nn.Module):
     """A learned vector for each of T observation steps."""
 
     def __init__(self, *shape: int) -> None:
@@ -63,7 +63,7 @@ class Moments(nn.Module):
         return x + self.table
 
 
-class Now(nn.Module):
+class OneStep(nn.Module):
     """For a single observation step, which needs no telling apart."""
 
     def __init__(self, *shape: int) -> None:
@@ -74,7 +74,8 @@ class Now(nn.Module):
 
 
 # Whether there is a history -> what tells its steps apart.
-STEPS: dict[bool, type[Moments] | type[Now]] = {False: Now, True: Moments}
+STEPS: dict[bool, type[StepEmbedding] | type[OneStep]] = {False: OneStep, True: StepEmbedding}
+
 POSITIONS: dict[str, type[SinusoidalPositions] | type[LearnedPositions]] = {
     "sinusoidal": SinusoidalPositions,
     "learned": LearnedPositions,
