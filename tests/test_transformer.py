@@ -146,7 +146,8 @@ def test_sinusoidal_positions_are_the_formula_at_any_length(width: int) -> None:
     for length in (5, 8, 2000):
         angles = [[p / 10_000 ** (i // 2 * 2 / width) for i in range(width)] for p in range(length)]
         formula = [[math.cos(a) if i % 2 else math.sin(a) for i, a in enumerate(row)] for row in angles]
-        parity("sinusoidal positions", "the formula", positions(length), torch.tensor(formula), 1e-6)
+        table, expected = positions(length), torch.tensor(formula, dtype=torch.float64)
+        parity("sinusoidal positions, held in float32", "the formula", table.double(), expected, 1e-6)
 
 
 def test_learned_positions_end_where_training_did() -> None:
