@@ -4,7 +4,10 @@
     w block or chunk length   C blocks of a sequence   r rank   R rounds of hashing
 
 full is attention.py's. The others cost O(S) instead of O(S²) and approximate it: window sees what
-is near, linformer a summary of fixed length, lsh what hashes alike. What departs from their papers:
+is near, linformer a summary of fixed length, lsh what hashes alike. torch's FlexAttention could be
+the window, but has no backward on the CPU (torch 2.11 refuses it); transformers' Reformer could be
+lsh, but draws new rotations, and seeds torch's generator, at every call. Both are references of the
+tests instead. What departs from the papers:
 
 - Padding changes nothing: the tokens that count move to the front of the sequence, so that
   neighbours, rows of a projection and places in a hash order are counted among them alone.
