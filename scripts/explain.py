@@ -132,6 +132,8 @@ def table(result: dict[str, Any]) -> str:
                 f"{when.replace('_', ' ') + ', ' + name:32} {percent(row['peak_on_target']['rate']):>9} {bounds:>15}"
                 + "".join(f"{cell:>{width}}" for cell, width in widths)
             )
+    best = result["best_head"]
+    lines.append(f"{best['name']} is the best head of other scenes: {percent(best['rate_where_chosen'])} there")
     return "\n".join(lines)
 
 

@@ -25,6 +25,8 @@ def main(job: Job, resume: bool = False) -> Path:
 
     require_writable(job.output)
     begin = checkpoint.checkpoints(Path(job.output) / "checkpoints") if resume else []
+    if resume and not begin:
+        print(f"train: nothing to resume in {job.output}, beginning")
     if job.train.init and not begin:
         try:
             checkpoint.verify(checkpoint.find(job.train.init))

@@ -172,13 +172,13 @@ print({"torch", "lerobot", "timm", "transformers", "wandb", "mujoco", "gymnasium
 
 
 @pytest.mark.slow
-def test_a_script_ends_with_one_line_and_no_traceback() -> None:
+def test_a_script_ends_with_one_line_and_no_traceback(tmp_path: Path) -> None:
     script = "import runpy, sys; sys.argv[0] = 'scripts/train.py'; runpy.run_path(sys.argv[0], run_name='__main__')"
     wrong = run(script, "--train.stepz=3")
     assert wrong.returncode == 1
     assert wrong.stderr.startswith("config: train.stepz: got")
     assert wrong.stderr.count("\n") == 1
-    missing = run(script, "--output=outputs/no-such-run", "--train.device=cpu")
+    missing = run(script, f"--output={tmp_path}/run", "--train.device=cpu")
     assert missing.returncode == 1
     assert missing.stderr.startswith("train: ")
     assert "remedy" in missing.stderr

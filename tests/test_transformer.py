@@ -135,6 +135,17 @@ def test_every_stack_ends_on_a_norm() -> None:
         torch.testing.assert_close(spread, torch.ones_like(spread), atol=1e-4, rtol=0)
 
 
+def test_swiglu_is_its_formula() -> None:
+    """W_2 (silu(W_1 x) · W_3 x), Shazeer 2020."""
+    layer: Any = FEED_FORWARDS["swiglu"](D, FF, 0.0).double()
+    x = torch.randn(B, S, D, dtype=torch.float64)
+    w1, w3 = layer.up.weight.chunk(2)
+    b1, b3 = layer.up.bias.chunk(2)
+    gate = x @ w1.T + b1
+    expected = (gate / (1 + (-gate).exp()) * (x @ w3.T + b3)) @ layer.out.weight.T + layer.out.bias
+    parity("SwiGLU", "the formula", layer(x), expected, 1e-12)
+
+
 def test_swiglu_costs_what_gelu_costs() -> None:
     gelu, swiglu = (count_parameters(FEED_FORWARDS[name](128, 384, 0.0)) for name in ("gelu", "swiglu"))
     assert abs(swiglu / gelu - 1) < 0.02

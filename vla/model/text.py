@@ -81,7 +81,7 @@ def load_encoder(name: str, **options: Any) -> tuple[Any, Any]:
         AutoTokenizer,
     )
 
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
         raise cannot_load(name, "no such folder")
     try:
         if name == MINILM_HUB:

@@ -66,6 +66,7 @@ class VLA(nn.Module):
         require(
             config.camera_dropout == 0 or len(features.cameras) > 1,
             "model.camera_dropout", config.camera_dropout, f"0 with one camera ({', '.join(features.cameras)})",
+            "set model.camera_dropout=0, or train on a dataset with more cameras",
         )  # fmt: skip
         self.text = TextTokens(config.text, text_folder, instructions)
         self.tokens = MultimodalTokens(config, features, statistics, self.text.width, text_folder is None)

@@ -232,7 +232,8 @@ def require_same(path: Path, job: Job) -> None:
             ", ".join(changed),
             ", ".join(str(now[name]) for name in changed),
             ", ".join(str(before[name]) for name in changed) + f" as in checkpoint {path.name}",
-            "resume with the same configuration, or choose another output",
+            f"resume with the same configuration ({' '.join(f'--{name}={before[name]}' for name in changed)}), or "
+            "choose another output",
         )
 
 
