@@ -133,7 +133,9 @@ def table(result: dict[str, Any]) -> str:
                 + "".join(f"{cell:>{width}}" for cell, width in widths)
             )
     best = result["best_head"]
-    lines.append(f"{best['name']} is the best head of other scenes: {percent(best['rate_where_chosen'])} there")
+    lines.append(
+        f"{best['name']} is the best head of other scenes: {percent(best['rate_where_chosen'])} there"
+    )
     return "\n".join(lines)
 
 
