@@ -22,7 +22,7 @@ import evaluate
 import record
 import train
 
-from vla.checks import require
+from vla.checks import flat, require
 from vla.config import Job, load
 from vla.evaluation.evaluate import RESULT
 from vla.evaluation.summary import portable, versions
@@ -123,14 +123,6 @@ def run(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     rates = {name: result[name] for name in ("n_episodes", "wilson_95", *RATES)}
     samples = statistics.median(row["samples_per_s"] for row in rows if "samples_per_s" in row)
     return rates | {"samples_per_s": samples}, result["machine"]
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    rows: dict[str, Any] = {}
-    for name, value in tree.items():
-        rows |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return rows
 
 
 def write(

@@ -114,3 +114,11 @@ def is_number(value: Any) -> bool:
         return not isinstance(value, bool) and float(value) == float(value)
     except (TypeError, ValueError):
         return False
+
+
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}, as fields are named."""
+    rows: dict[str, Any] = {}
+    for name, value in nested.items():
+        rows |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return rows

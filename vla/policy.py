@@ -74,15 +74,12 @@ class Policy:
         Raises ValueError when something does not fit the network.
         """
         self._check(images, state, tasks, prefix, prefix_length)
-        blank = np.zeros_like(next(iter(images.values())))
-        names = sorted(self.features.cameras)
-        seen = {name: self._tensor(images.get(name, blank)) for name in names}
-        absent = torch.tensor([name not in images for name in names], device=self.device)
+        images, absent = self._complete(images)
         observation = Observation(
-            images={name: image.permute(0, 1, 4, 2, 3) for name, image in seen.items()},
+            images={name: self._tensor(image).permute(0, 1, 4, 2, 3) for name, image in images.items()},
             state=self._tensor(state).float(),
             text=self.text(list(tasks)),
-            absent=absent.expand(len(state), -1) if len(images) < len(names) else None,
+            absent=absent,
         )
         committed = None if prefix is None else self._tensor(prefix).float()
         length = None if prefix_length is None else self._tensor(prefix_length)
@@ -145,6 +142,15 @@ class Policy:
             )
         if not got or not got <= expected:
             fit("cameras", sorted(got), sorted(expected))
+
+    def _complete(self, images: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Tensor | None]:
+        """The images with a black one for each missing camera, and (B, C) bool where one is missing."""
+        names = sorted(self.features.cameras)
+        if len(images) == len(names):
+            return images, None
+        black = np.zeros_like(next(iter(images.values())))
+        absent = torch.tensor([name not in images for name in names], device=self.device)
+        return {name: images.get(name, black) for name in names}, absent.expand(len(black), -1)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)

@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vla.checks import flat
 from vla.config import ConfigError, Job, LoraConfig, ModelConfig, dump, load
 from vla.data.normalize import Statistics
 from vla.model.lora import is_adapted, merged
@@ -242,11 +243,4 @@ def _course(job: Job) -> dict[str, Any]:
     data = dataclasses.asdict(job.data)
     del data["root"], data["repo_id"]  # a dataset may move; its statistics tell whether it changed
     parts = {"model": dataclasses.asdict(job.model), "data": data, "train": train}
-    return {"seed": job.seed} | _flat(parts)
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in nested.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+    return {"seed": job.seed} | flat(parts)
