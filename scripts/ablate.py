@@ -25,7 +25,7 @@ import train
 from vla.checks import flat, require
 from vla.config import Job, load
 from vla.evaluation.evaluate import RESULT
-from vla.evaluation.summary import portable, versions
+from vla.provenance import portable, versions
 
 RATES = ("success_rate", "counterfactual_pair_rate", "blank_instruction_rate")
 

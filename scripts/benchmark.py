@@ -202,7 +202,7 @@ def main(name: str, quick: bool, output: Path) -> None:
     """Run one benchmark, print its table and write its rows."""
     import torch
 
-    from vla.evaluation.summary import machine, versions
+    from vla.provenance import machine, versions
     from vla.system import require_writable
 
     require_writable(output)

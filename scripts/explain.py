@@ -22,11 +22,11 @@ from typing import Any
 from vla.config import Job, load, require
 from vla.environment import make_env
 from vla.evaluation.episodes import split_kwargs
-from vla.evaluation.summary import machine, portable, versions
 from vla.evaluation.video import Film
 from vla.explain import Look, play
 from vla.explain.localise import localise
 from vla.policy import Policy
+from vla.provenance import machine, portable, versions
 from vla.system import require_writable
 from vla.training import checkpoint
 

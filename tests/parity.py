@@ -27,7 +27,7 @@ def parity(system: str, reference: str, got: Tensor, expected: Tensor, tolerance
 
 def write(path: Path) -> None:
     """The rows as JSON, in the order of their names, with what they were measured with."""
-    from vla.evaluation.summary import machine, versions
+    from vla.provenance import machine, versions
 
     rows = [{"system": s, "reference": r} | row for (s, r), row in sorted(MEASURED.items())]
     content = {"machine": machine(), "versions": versions(), "rows": rows}

@@ -217,13 +217,23 @@ def load[T](cls: type[T], argv: list[str] | None = None, path: str | Path | None
         tree = {} if path is None else read_yaml(Path(path))
         check(tree, cls)
         apply_arguments(tree, argv, cls)
+        return decode(cls, tree)
+    except ConfigError as error:
+        raise SystemExit(f"config: {' '.join(str(error).split())}") from None
+
+
+def decode[T](cls: type[T], tree: Any) -> T:
+    """A configuration from what YAML holds. Raises ConfigError when it does not fit."""
+    check(tree, cls)
+    try:
         return draccus.decode(cls, tree)
     except (ConfigError, draccus.utils.DecodingError, draccus.utils.ParsingError) as error:
         cause: BaseException = error
         while not isinstance(cause, ConfigError) and cause.__cause__ is not None:
             cause = cause.__cause__
-        line = " ".join(str(cause if isinstance(cause, ConfigError) else error).split())
-        raise SystemExit(f"config: {line}") from None
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        raise ConfigError("file", str(error), "fields that fit", "see configs/ for examples") from None
 
 
 def dump(config: Any) -> str:

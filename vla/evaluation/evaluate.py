@@ -16,12 +16,14 @@ from vla.evaluation.episodes import Row
 from vla.evaluation.pool import Workers
 from vla.evaluation.rollouts import ChunkPolicy, Clock, Rollouts
 from vla.evaluation.slot import Setup
-from vla.evaluation.summary import machine, portable, summarise, versions
+from vla.evaluation.summary import summarise
 from vla.observation import Features
+from vla.provenance import machine, portable, versions
 from vla.system import sha256
 
 VIDEOS = "videos"
 RESULT = "evaluation.json"
+WEIGHTS = ("model.safetensors", "policy.onnx", "policy.pt2")  # of checkpoints and of exports
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ class Evaluation:
             return None
         below = self.checkpoint.resolve().is_relative_to(folder.resolve())
         name = os.path.relpath(self.checkpoint.resolve(), folder.resolve()) if below else self.checkpoint.name
-        weights = self.checkpoint / "model.safetensors"
-        return {"path": name, "sha256": sha256(weights) if weights.is_file() else None}
+        weights = next((path for file in WEIGHTS if (path := self.checkpoint / file).is_file()), None)
+        return {"path": name, "sha256": sha256(weights) if weights else None}
 
 
 def evaluate(policy: ChunkPolicy | None, job: Job, *, progress: bool = True) -> Evaluation:

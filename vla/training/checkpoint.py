@@ -15,7 +15,6 @@ A folder is written under another name and renamed, so that one which exists is 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -29,19 +28,19 @@ from torch import Tensor
 from vla.checks import flat
 from vla.config import ConfigError, Job, LoraConfig, ModelConfig, dump, load
 from vla.data.normalize import Statistics
+from vla.manifest import MANIFEST, CheckpointError, read_manifest, seal, verify
 from vla.model.lora import is_adapted, merged
 from vla.model.vla import VLA
 from vla.observation import Features
-from vla.system import sha256
 
-MANIFEST = "manifest.json"
+__all__ = [
+    "MANIFEST", "CheckpointError", "checkpoints", "find", "load_features", "load_job", "load_model",
+    "load_training", "read_manifest", "require_features", "require_same", "save", "verify", "write_manifest",
+]  # fmt: skip
+
 # What decides how training goes on, beside the model, the data and the seed.
 COURSE = ("batch_size", "lr", "init", "warmup_steps", "weight_decay", "betas", "grad_clip", "ema_decay",
           "precision")  # fmt: skip
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged or of another kind: got, expected, remedy."""
 
 
 def save(
@@ -83,29 +82,7 @@ def save(
 
 def write_manifest(path: Path, step: int) -> None:
     """Seal a checkpoint's folder: the hash of every file in it, and of what the manifest says itself."""
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p != path / MANIFEST)
-    content: dict[str, Any] = {"step": step}
-    content["sha256"] = {p.relative_to(path).as_posix(): sha256(p) for p in files}
-    (path / MANIFEST).write_text(json.dumps(content | {"manifest": _seal(content)}, indent=2))
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError when it is missing or damaged."""
-    try:
-        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if content.pop("manifest") == _seal(content):
-            return content
-        got = "another content than it was written with"
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        got = f"{type(error).__name__}: {error}"
-    raise CheckpointError(
-        f"checkpoint {path.name}: {MANIFEST} is damaged. got: {got}. expected: the file as it was written. "
-        "remedy: copy the checkpoint again, or use an older one."
-    )
-
-
-def _seal(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    seal(path, {"step": step})
 
 
 def _link(source: str, target: str) -> None:
@@ -151,23 +128,6 @@ def find(path: str | Path) -> Path:
         f"checkpoint: got {str(path)!r}, expected a folder with {MANIFEST}, or one with "
         "checkpoints/step_* in it. remedy: train first (scripts/train.py), or correct the path."
     )
-
-
-def verify(path: Path) -> dict[str, str]:
-    """Check every file against the manifest; returns the hashes. Raises CheckpointError.
-
-    safetensors alone would load a flipped bit without a word.
-    """
-    hashes: dict[str, str] = read_manifest(path)["sha256"]
-    for name, expected in hashes.items():
-        file = path / name
-        got = sha256(file) if file.is_file() else "no such file"
-        if got != expected:
-            raise CheckpointError(
-                f"checkpoint {path.name}: {name} is damaged. got: {got[:16]}. expected: sha256 {expected[:16]}…. "
-                "remedy: copy the checkpoint again, or use an older one."
-            )
-    return hashes
 
 
 def load_model(path: Path) -> tuple[VLA, Job, Statistics]:
