@@ -3,10 +3,11 @@
     python scripts/evaluate.py CHECKPOINT [--evaluate.episodes=20] [--env.id=…]
     python scripts/evaluate.py --expert [CONFIG]
 
-CHECKPOINT is a checkpoint's folder, or the output folder of a training. Its own job is played,
-with changes from the command line; evaluation.json, videos/ and report.html go to --output, by
-default the job's own. `--expert` has the environment's scripted expert play instead, through the
-same machinery, which checks the evaluator and the environment; its results go to <output>/expert.
+CHECKPOINT is a checkpoint's folder, the output folder of a training, or a folder that
+scripts/export.py wrote. Its own job is played, with changes from the command line; evaluation.json,
+videos/ and report.html go to --output, by default the job's own (of an export, evaluation/ in it).
+`--expert` has the environment's scripted expert play instead, through the same machinery, which checks
+the evaluator and the environment; its results go to <output>/expert.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ def main(job: Job, checkpoint: Path | None) -> Evaluation:
     if checkpoint is None:
         job = replace(job, output=str(Path(job.output) / "expert"))
     else:
-        from vla.policy import Policy
+        from vla.export.load import load_policy
 
-        policy = Policy.load(checkpoint, job.evaluate.device)
+        policy = load_policy(checkpoint, job.evaluate.device)
         policy.require_cameras(set(policy.features.cameras) - set(job.evaluate.without))
         if policy.checkpoint is not None and not metrics.is_file():
             metrics = policy.checkpoint.parent.parent / metrics.name
@@ -75,6 +76,12 @@ def from_command_line(argv: list[str]) -> tuple[Job, Path | None]:
             print(__doc__)
             load(Job, ["--help"])
         raise SystemExit("evaluate: got no checkpoint, expected its folder first. remedy: see --help.")
+    from vla.export.load import is_export
+
+    if is_export(arguments[0]):
+        path = Path(arguments[0])
+        job = load(Job, [f"--output={path / 'evaluation'}", *arguments[1:]], path=path / "config.yaml")
+        return job, None if len(arguments) < len(argv) else path
     from vla.training import checkpoint
 
     path = checkpoint.find(arguments[0])
