@@ -12,6 +12,15 @@ import numpy as np
 BASE = np.array([-0.52, 0.0, 0.0])
 SHOULDER = 0.36  # height of joint 2
 UPPER, FORE, HAND = 0.42, 0.42, 0.22  # shoulder to elbow, elbow to wrist, wrist to fingertips
+LINKS = (
+    0.15,
+    SHOULDER - 0.15,
+    UPPER / 2,
+    UPPER / 2,
+    FORE / 2,
+    FORE / 2,
+    0.06,
+)  # from joint to joint, from the base
 OPENING = 0.04  # of each finger, from the middle
 FINGERTIP_REACH = 0.005  # the commanded point lies this far above the fingertips
 
@@ -22,6 +31,48 @@ Z_TO_Y = [0.7071068, -0.7071068, 0, 0]  # turns a cylinder's axis from z to y
 
 JOINTS = tuple(f"joint{i}" for i in range(1, 8))
 FINGERS = ("finger_left", "finger_right")
+
+LOWEST, HIGHEST = np.array([-0.26, -0.27, 0.010]), np.array([0.26, 0.27, 0.28])  # of the commanded point
+YAW_LIMIT = 1.75
+STEP, TURN = 0.03, 0.25  # metres and radians of a full action
+LEASH = 0.015  # a step starts this near to the hand at most, so that contact does not wind up the command
+
+
+def advance(
+    commanded: np.ndarray, yaw: float, hand: np.ndarray, action: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """The commanded position (3,) and yaw one step later, by an action (5,) in [-1, 1].
+
+    hand: where the fingertips really are (3,).
+    """
+    held = np.clip(commanded, hand - LEASH, hand + LEASH)
+    turned = float(np.clip(yaw + TURN * action[3], -YAW_LIMIT, YAW_LIMIT))
+    return np.clip(held + STEP * action[:3], LOWEST, HIGHEST), turned
+
+
+def opening(grip: float) -> float:
+    """The gripper's action, -1 closed to 1 open, as what its servos are told: metres of each finger."""
+    return OPENING * (1 + grip) / 2
+
+
+def forward(joints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Joint angles (..., 7) -> the fingertips' position (..., 3) and the hand's yaw (...).
+
+    Of any posture; for those of `inverse` it is the inverse's inverse.
+    """
+    sines, cosines = np.sin(joints), np.cos(joints)
+    x, y, z = 0.0, 0.0, HAND  # from the joint at hand to the fingertips
+    u, v, w = -sines[..., 6], cosines[..., 6], 0.0  # the direction that the fingers travel in
+    for i in reversed(range(6)):
+        sine, cosine = sines[..., i], cosines[..., i]
+        if i % 2:  # about y
+            x, z = cosine * x + sine * z, cosine * z - sine * x
+            u, w = cosine * u + sine * w, cosine * w - sine * u
+        else:
+            x, y = cosine * x - sine * y, cosine * y + sine * x
+            u, v = cosine * u - sine * v, cosine * v + sine * u
+        z = z + LINKS[i]
+    return np.stack([x, y, z], -1) + BASE, np.arctan2(-u, v)
 
 
 def inverse(position: np.ndarray, yaw: float) -> np.ndarray:
@@ -48,16 +99,12 @@ def add_arm(spec: mujoco.MjSpec) -> None:
     base = spec.worldbody.add_body(name="base", pos=BASE)
     base.add_geom(type=cylinder, size=[0.11, 0.015, 0], pos=[0, 0, 0.015], rgba=DARK, **VISUAL)
     base.add_geom(type=cylinder, size=[0.085, 0.06, 0], pos=[0, 0, 0.09], rgba=WHITE, **VISUAL)
-    # Each joint: offset from the one before, axis. z joints turn a link about itself.
+    # z joints turn a link about itself.
     half_upper, half_fore = UPPER / 2, FORE / 2
-    chain = [
-        ([0, 0, 0.15], "z"), ([0, 0, SHOULDER - 0.15], "y"), ([0, 0, half_upper], "z"), ([0, 0, half_upper], "y"),
-        ([0, 0, half_fore], "z"), ([0, 0, half_fore], "y"), ([0, 0, 0.06], "z"),
-    ]  # fmt: skip
     axes = {"z": [0, 0, 1], "y": [0, 1, 0]}
     body = base
-    for i, (offset, axis) in enumerate(chain, start=1):
-        body = body.add_body(name=f"link{i}", pos=offset, gravcomp=1)
+    for i, (length, axis) in enumerate(zip(LINKS, "zyzyzyz", strict=True), start=1):
+        body = body.add_body(name=f"link{i}", pos=[0, 0, length], gravcomp=1)
         body.mass, body.inertia, body.ipos = 1.0, [0.006] * 3, [0, 0, 0.05]
         body.explicitinertial = True
         body.add_joint(name=f"joint{i}", axis=axes[axis], armature=0.1, damping=1.0)

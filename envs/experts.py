@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from envs.arm import STEP, TURN
 from envs.scene import BRICK, CUBE, HALF_HEIGHT, RADIUS, RECEPTACLE_RADIUS, ZONE_RADIUS
 from envs.tasks import Goal
 from envs.world import ROBOT, Scene, World
 
-STEP, TURN = 0.03, 0.25  # metres and radians of a full action
 OPEN, CLOSED = 1.0, -1.0
 GRASP = -0.004  # the fingertips' height against an object's middle
 CARRY = 0.105  # height of a carried object's middle: clear of everything that stands

@@ -10,7 +10,7 @@ import mujoco
 import numpy as np
 
 from envs import arm, randomize, splits, tasks
-from envs.experts import EXPERTS, STEP, TURN, feasible
+from envs.experts import EXPERTS, feasible
 from envs.randomize import SWITCHES
 from envs.render import Cameras
 from envs.scene import SUBSTEPS, build
@@ -19,13 +19,10 @@ from envs.world import Scene, World
 from vla.observation import IMAGES, IS_SUCCESS, STATE, TASK
 
 CAMERAS = ("front", "wrist")
-LOWEST, HIGHEST = np.array([-0.26, -0.27, 0.010]), np.array([0.26, 0.27, 0.28])  # of the commanded point
-YAW_LIMIT = 1.75
-LEASH = 0.015  # a step starts this near to the hand at most, so that contact does not wind up the command
 STATE_DIM = 11
 
 
-def _choice(name: str, got: Any, allowed: Sequence[str]) -> tuple[str, ...]:
+def choice(name: str, got: Any, allowed: Sequence[str]) -> tuple[str, ...]:
     got = (got,) if isinstance(got, str) else tuple(got)
     if not got or any(g not in allowed for g in got):
         raise ValueError(
@@ -68,13 +65,13 @@ class Tabletop(gym.Env[dict[str, Any], np.ndarray]):
         render_pixels: side of render()'s picture.
         Raises ValueError for a wrong choice.
         """
-        self.skills = _choice("skills", skills, tuple(SKILLS))
-        self.split = _choice("split", split, splits.SPLITS)[0]
-        self.cameras = _choice("cameras", cameras, CAMERAS)
-        self.references = _choice("references", references, tasks.REFERENCES)
+        self.skills = choice("skills", skills, tuple(SKILLS))
+        self.split = choice("split", split, splits.SPLITS)[0]
+        self.cameras = choice("cameras", cameras, CAMERAS)
+        self.references = choice("references", references, tasks.REFERENCES)
         self.switches = dict.fromkeys(SWITCHES, True) | {k: bool(v) for k, v in (randomize or {}).items()}
         if randomize:
-            _choice("randomize", tuple(randomize), SWITCHES)
+            choice("randomize", tuple(randomize), SWITCHES)
         able = splits.SKILLS_OF_SPLIT.get(self.split, tuple(SKILLS))
         self.drawn = tuple(s for s in self.skills if s in able)
         if not self.drawn:
@@ -98,8 +95,8 @@ class Tabletop(gym.Env[dict[str, Any], np.ndarray]):
         self.data = mujoco.MjData(self.model)
         self.world = World(self.model, self.data)
         self.view = Cameras(self.model, preset)
-        self._arm = np.array([self.model.actuator(name).id for name in arm.JOINTS])
-        self._fingers = np.array([self.model.actuator(name).id for name in arm.FINGERS])
+        self.arm_servos = np.array([self.model.actuator(name).id for name in arm.JOINTS])
+        self.finger_servos = np.array([self.model.actuator(name).id for name in arm.FINGERS])
         image = gym.spaces.Box(0, 255, (self.pixels, self.pixels, 3), np.uint8)
         spaces: dict[str, gym.Space[Any]] = {IMAGES + name: image for name in self.cameras}
         spaces[STATE] = gym.spaces.Box(
@@ -128,7 +125,7 @@ class Tabletop(gym.Env[dict[str, Any], np.ndarray]):
         self.world.moved()
         self._commanded, self._yaw, self._grip = self.world.scene.hand.copy(), self.world.scene.hand_yaw, 1.0
         self._done, self._steps = 0, 0
-        self._limit = self.max_steps or sum(SKILLS[g.skill].steps for g in self._goals)
+        self.limit = self.max_steps or sum(SKILLS[g.skill].steps for g in self._goals)
         self._before = self._true_goals()
         return self._observe(), self._info(False)
 
@@ -141,15 +138,9 @@ class Tabletop(gym.Env[dict[str, Any], np.ndarray]):
             )
         self._move(np.clip(action, -1.0, 1.0))
         self._steps += 1
-        now = self._true_goals()
-        goal = self._goals[self._done]
-        success, failure = goal in now, bool(now - self._before - {goal})
-        self._before &= now
-        if success and self._done + 1 < len(self._goals):
-            self._done, success, failure = self._done + 1, False, False
-            self._before = self._true_goals()
+        success, failure = self.judge()
         terminated = success or failure
-        truncated = not terminated and self._steps >= self._limit
+        truncated = not terminated and self._steps >= self.limit
         return self._observe(), float(success), terminated, truncated, self._info(success)
 
     def render(self) -> np.ndarray:
@@ -181,8 +172,33 @@ class Tabletop(gym.Env[dict[str, Any], np.ndarray]):
         Indices into `scene.items`, as in `goal`; -1 for robot, table and surroundings.
         Raises ValueError for a camera that this environment does not show.
         """
-        (camera,) = _choice("camera", camera, self.cameras)
+        (camera,) = choice("camera", camera, self.cameras)
         return self.world.items_of(self.view.geoms(self.data, camera, self.pixels))
+
+    def judge(self) -> tuple[bool, bool]:
+        """(success, failure), once a step: of two sentences the second follows when the first is done."""
+        now, goal = self._true_goals(), self.goal
+        success, failure = goal in now, bool(now - self._before - {goal})
+        self._before &= now
+        if success and self._done + 1 < len(self._goals):
+            self._done, success, failure = self._done + 1, False, False
+            self._before = self._true_goals()
+        return success, failure
+
+    def state(self) -> np.ndarray:
+        """(STATE_DIM or 4 less,) float32, as observed."""
+        world, yaw = self.world, self.world.hand_yaw
+        lag = [*(self._commanded - world.hand), self._yaw - yaw] if self.commanded else []
+        return np.array([*world.hand, np.sin(yaw), np.cos(yaw), world.opening, *lag, self._grip], np.float32)
+
+    def adopt(self, position: np.ndarray, yaw: float, grip: float) -> None:
+        """Say which pose is commanded, to an environment whose servos another one moves (see robot.py)."""
+        self._commanded, self._yaw, self._grip = position, yaw, grip
+
+    @property
+    def task(self) -> str:
+        """The current instruction."""
+        return self._tasks[self._done]
 
     # -- inside ----------------------------------------------------------------------------
 
@@ -264,15 +280,12 @@ class Tabletop(gym.Env[dict[str, Any], np.ndarray]):
 
     def _move(self, action: np.ndarray) -> None:
         start = arm.inverse(self._commanded, self._yaw)
-        hand = self.world.hand
-        held = np.clip(self._commanded, hand - LEASH, hand + LEASH)
-        self._commanded = np.clip(held + STEP * action[:3], LOWEST, HIGHEST)
-        self._yaw = float(np.clip(self._yaw + TURN * action[3], -YAW_LIMIT, YAW_LIMIT))
+        self._commanded, self._yaw = arm.advance(self._commanded, self._yaw, self.world.hand, action)
         self._grip = float(action[4])
         end = arm.inverse(self._commanded, self._yaw)
-        self.data.ctrl[self._fingers] = arm.OPENING * (1 + self._grip) / 2
+        self.data.ctrl[self.finger_servos] = arm.opening(self._grip)
         for part in range(2, SUBSTEPS + 2, 2):
-            self.data.ctrl[self._arm] = start + (end - start) * (part / SUBSTEPS)
+            self.data.ctrl[self.arm_servos] = start + (end - start) * (part / SUBSTEPS)
             mujoco.mj_step(self.model, self.data, 2)
         mujoco.mj_forward(self.model, self.data)  # poses and contacts of the state that is shown
         self.world.moved()
@@ -280,13 +293,8 @@ class Tabletop(gym.Env[dict[str, Any], np.ndarray]):
     def _observe(self) -> dict[str, np.ndarray]:
         if self.images_enabled:
             self._images = {IMAGES + n: self.view.picture(self.data, n, self.pixels) for n in self.cameras}
-        world, yaw = self.world, self.world.hand_yaw
-        lag = [*(self._commanded - world.hand), self._yaw - yaw] if self.commanded else []
-        state = np.array([*world.hand, np.sin(yaw), np.cos(yaw), world.opening, *lag, self._grip], np.float32)
-        return {name: image.copy() for name, image in self._images.items()} | {STATE: state}
+        return {name: image.copy() for name, image in self._images.items()} | {STATE: self.state()}
 
     def _info(self, success: bool) -> dict[str, Any]:
-        return {
-            TASK: self._tasks[self._done], IS_SUCCESS: success, "skill": self._goals[self._done].skill,
-            "alternatives": list(self._alternatives),
-        }  # fmt: skip
+        others = list(self._alternatives)
+        return {TASK: self.task, IS_SUCCESS: success, "skill": self.goal.skill, "alternatives": others}
