@@ -24,19 +24,13 @@ from typing import Any
 import numpy as np
 
 from vla.config import EnvConfig, RecordConfig
+from vla.data.lerobot_writer import SHORTEST, create_dataset, dataset_features
 from vla.environment import enable_images, make_env
-from vla.observation import ACTION, IMAGES, IS_SUCCESS, STATE, TASK, Features, camera_keys
+from vla.observation import ACTION, IS_SUCCESS, STATE, TASK, Features, camera_keys
 
 ATTEMPTS = 20  # per episode; an expert that fails more often is broken
 RETRIES = 2**30
-# Full chroma and no quantisation: the policy must see in training what it sees in evaluation. Measured
-# on rendered scenes at 64 px (128 px): largest error 2 of 255 and 53 dB at 0.2 (0.3) ms and 2.0 (3.8) kB a
-# frame. LeRobot's default, AV1 at 4:2:0, errs by up to 148 where colours meet (31 dB), at 1.5 (2.2) ms and
-# 0.6 (1.1) kB. Codecs not named here keep lerobot's settings.
-ENCODERS: dict[str, dict[str, Any]] = {"h264": {"pix_fmt": "yuv444p", "crf": 0, "preset": "ultrafast"}}
-VIDEO_FILE_MB = 4  # lerobot rewrites the last file for every episode it appends
 LEAD_IN_HELD = 3  # steps that a random action of the lead-in is held
-SHORTEST = 2  # frames; lerobot 0.6.1 computes no statistics of a video of one frame, and fails later
 
 
 @dataclass(frozen=True)
@@ -167,17 +161,6 @@ def record_episode(
     )
 
 
-def dataset_features(features: Features) -> dict[str, Any]:
-    """The columns as LeRobotDataset.create takes them."""
-    columns: dict[str, Any] = {
-        IMAGES + name: {"dtype": "video", "shape": (*size, 3), "names": ["height", "width", "channels"]}
-        for name, size in features.cameras.items()
-    }
-    for key, width in ((STATE, features.state_dim), (ACTION, features.action_dim)):
-        columns[key] = {"dtype": "float32", "shape": (width,), "names": None}
-    return columns
-
-
 def write_shard(
     env: Any,
     features: Features,
@@ -188,27 +171,12 @@ def write_shard(
     report: Connection,
 ) -> None:
     """Record one shard as a LeRobotDataset of its own; it appears complete or not at all."""
-    from lerobot.configs.video import RGBEncoderConfig
-    from lerobot.datasets import LeRobotDataset
-
-    start = time.perf_counter()  # not before: importing lerobot takes long, once for each process
+    importlib.import_module("lerobot.datasets")  # takes long, once for each process
+    start = time.perf_counter()
     unfinished = parts / f"shard_{shard:05d}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)  # of a killed run
-    dataset = LeRobotDataset.create(
-        repo_id="local/demonstrations",
-        fps=features.fps,
-        features=dataset_features(features),
-        root=unfinished,
-        use_videos=True,
-        video_backend="pyav",
-        streaming_encoding=True,
-        # A whole episode is handed over at once, and lerobot drops frames of a full queue.
-        encoder_queue_maxsize=1_000_000,
-        encoder_threads=1,  # the workers already fill the cores
-        rgb_encoder=RGBEncoderConfig(vcodec=record.vcodec, **ENCODERS.get(record.vcodec, {})),
-        video_files_size_in_mb=VIDEO_FILE_MB,
-        metadata_buffer_size=record.shard_episodes,
-    )
+    columns, size = dataset_features(features), record.shard_episodes
+    dataset = create_dataset(unfinished, "demonstrations", features.fps, columns, record.vcodec, size)
     episodes = []
     for index in shard_episodes(record, shard):
         frames, recorded = record_episode(env, config, record, index)
