@@ -1,0 +1,251 @@
+"""The loop on a robot: wake up, read, decide, command, and tell whoever watches. This is the only writer of motors.
+
+Everything that may wait has a process of its own (the robot, the policy, the recorder, the console); the link
+to the policy has a thread. What is decided, and why, is in controller.py.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from vla.control import console as orders
+from vla.control.clock import Pulse, prioritise, tidy
+from vla.control.config import LoopConfig
+from vla.control.console import Channel, Status
+from vla.control.controller import Controller
+from vla.control.process import RobotError
+from vla.control.robot import Reading
+from vla.control.states import State
+from vla.control.stats import Stats
+from vla.data.journal import Frame
+
+REPORT_HZ = 10
+RECENT_S = 5
+EVENTS = 50  # in a report, at most: a console that slept gets the rest with the next ones
+
+
+class RobotHandle(Protocol):
+    """What the loop needs of vla.control.process.RobotProcess."""
+
+    def read(self) -> Reading | None: ...
+    def send(self, command: np.ndarray) -> None: ...
+    def ask(self, name: str, timeout_s: float = 30.0, **arguments: Any) -> Any: ...
+
+
+class Recording(Protocol):
+    """What the loop needs of vla.control.recorder.Recorder; nothing here waits."""
+
+    @property
+    def state(self) -> str: ...
+    def begin(self, task: str, model: str = "", **meta: Any) -> int: ...
+    def add(self, frame: Frame) -> bool: ...
+    def end(self, outcome: dict[str, Any]) -> None: ...
+
+
+class Loop:
+    """Runs a controller until it is told to quit. `events` of the controller and `stats` are what is left."""
+
+    def __init__(
+        self, controller: Controller, robot: RobotHandle, config: LoopConfig,
+        channel: Channel | None = None, recorder: Recording | None = None,
+        tasks: Sequence[str] = (), task_seconds: float = 10.0,
+    ) -> None:  # fmt: skip
+        """channel: to a console; None: nobody watches, and only `seconds` or a signal ends the loop.
+        tasks: followed one after another, task_seconds each, until somebody types another.
+        """
+        self.controller, self.robot, self.config = controller, robot, config
+        self.channel, self.recorder = channel, recorder
+        self.tasks, self.task_seconds = list(tasks), task_seconds
+        self.stats, self.pulse = Stats(), Pulse(config.rate)
+        self.priority, self.ended = "", False
+        self.recording = False
+        self.last: Reading | None = None
+        self.scene: dict[str, Any] = {}
+        self.commands = self.told = 0
+        self.task_due = 0.0
+        if channel is not None:
+            controller.console_heard = time.monotonic()
+
+    def run(self, seconds: float = float("inf")) -> None:
+        """Tick until `Quit`, or for so long; then brake, with the last ticks, and return."""
+        self.priority = prioritise(self.config.priority)
+        end = time.monotonic() + seconds
+        self.pulse.restart()
+        while not self.ended and time.monotonic() < end:
+            self.tick()
+        self.controller.stop(time.monotonic(), "the loop ends")
+        for _ in range(self.config.rate):
+            self.tick()
+            if self.controller.limiter.motion is None or self.controller.limiter.at_rest:
+                break
+        if self.recorder is not None:
+            self.recorder.end({"ended": "the loop"})
+
+    def tick(self) -> None:
+        beat = self.pulse.wait()
+        self.stats.missed += beat.missed
+        self.stats.add("lateness", beat.woke - beat.deadline)
+        self._obey()
+        now, controller = time.monotonic(), self.controller
+        self._follow(now)
+        reading = self._read(now)
+        command = controller.tick(now, reading)
+        if command is not None:
+            self._send(command, now)
+        written = time.monotonic()
+        if controller.captured is not None:
+            self.stats.add("latency", written - controller.captured)
+        self._record(now, reading, command)
+        self.stats.add("duration", time.monotonic() - beat.woke)
+        if controller.ticks % (self.config.rate // REPORT_HZ) == 0:
+            self._tell(now)
+        if controller.ticks % self.config.rate == 0:
+            tidy()
+
+    def _follow(self, now: float) -> None:
+        """The next of `tasks` when the time of the last is over."""
+        if self.tasks and self.controller.state is not State.INIT and now >= self.task_due:
+            self.controller.instruct(self.tasks.pop(0))
+            self.task_due = now + self.task_seconds
+
+    def _read(self, now: float) -> Reading | None:
+        try:
+            self.last = self.robot.read()
+        except RobotError as error:
+            self._robot_lost(error, now)
+        return self.last
+
+    def _send(self, command: np.ndarray, now: float) -> None:
+        try:
+            self.robot.send(command)
+            self.commands += 1
+        except RobotError as error:
+            self._robot_lost(error, now)
+
+    def _robot_lost(self, error: RobotError, now: float) -> None:
+        """The last reading stays what it was, and grows stale."""
+        if self.controller.state is not State.FAULT:
+            self.controller.fail(now, f"the robot: {error}")
+
+    # -- the console -----------------------------------------------------------------------
+
+    def _obey(self) -> None:
+        if self.channel is None:
+            return
+        now = time.monotonic()
+        for order in self.channel.receive():
+            self.controller.console_heard = now
+            self._carry_out(order, now)
+
+    def _carry_out(self, order: Any, now: float) -> None:
+        controller = self.controller
+        match order:
+            case orders.Stop():
+                controller.stop(now)
+            case orders.Resume():
+                controller.resume(now)
+            case orders.Reset():
+                controller.reset(now)
+            case orders.Instruct(task):
+                self.tasks.clear()
+                controller.instruct(task)
+            case orders.Intervene(action):
+                controller.intervene(np.array(action), now)
+            case orders.Begin(seed):
+                self._begin(seed)
+            case orders.Quit():
+                self.ended = True
+
+    def _begin(self, seed: int) -> None:
+        """A new scene, which takes a while: the ticks meanwhile do not count. A robot without scenes stays as it is."""
+        self._end_episode()
+        try:
+            self.scene = {"seed": seed, **self.robot.ask("reset", seed=seed)}
+            self.controller.restart(time.monotonic())
+        except (RobotError, TypeError) as error:  # the latter for an answer that is no mapping
+            self.scene = {"seed": seed, "error": str(error)}
+        self.pulse.restart()
+
+    def _tell(self, now: float) -> None:
+        if self.channel is None:
+            return
+        controller, recent = self.controller, RECENT_S * self.config.rate
+        new = controller.machine.events[self.told : self.told + EVENTS]
+        told = self.channel.send(
+            Status(
+                time=now, tick=controller.ticks, state=controller.state, reason=controller.machine.reason,
+                task=controller.task, episode=controller.dialogue.episode,
+                steps=controller.dialogue.player.step if controller.dialogue.player else 0,
+                counts=self.counts(), lateness=self.stats.recent("lateness", recent),
+                latency=self.stats.recent("latency", RECENT_S * 5), robot=self.last.report if self.last else {},
+                recorder=self.recorder.state if self.recorder else "off", priority=self.priority,
+                events=[(e.time, e.tick, e.before, e.after, e.reason) for e in new], scene=self.scene,
+            )
+        )  # fmt: skip
+        if told:
+            self.told += len(new)
+
+    def counts(self) -> dict[str, int]:
+        """Since the start: commands, illegal ones, cut targets, refused ways, late and refused answers, ticks left out."""
+        controller = self.controller
+        return {
+            "commands": self.commands, "illegal": controller.audit.illegal, "clamped": controller.limiter.clamped,
+            "braked": controller.limiter.braked, "missed": self.stats.missed,
+            "late_answers": controller.dialogue.player.late if controller.dialogue.player else 0,
+            "refused_answers": controller.dialogue.refusals,
+        }  # fmt: skip
+
+    # -- what is left ----------------------------------------------------------------------
+
+    def _record(self, now: float, reading: Reading | None, command: np.ndarray | None) -> None:
+        """A frame for every policy step; while the arm holds, at the same rate and without an action."""
+        controller = self.controller
+        if self.recorder is None or reading is None or command is None:
+            return
+        step, resting = controller.step, controller.ticks % controller.ticks_per_step == 0
+        if step is None and (controller.state is State.RUN or not self.recording or not resting):
+            return
+        if not self.recording:
+            hello = controller.link.hello
+            self.recorder.begin(controller.task, hello.model if hello else "", scene=self.scene.get("seed"))
+            self.recording = True
+        none = np.full(controller.robot.features.action_dim, np.nan, np.float32)
+        self.recorder.add(
+            Frame(
+                step=controller.ticks // controller.ticks_per_step, stamp=now, mode=controller.state,
+                task=step.task if step else controller.task, images=reading.images, stamps=reading.stamps,
+                state=reading.state, state_stamp=reading.stamp, action=step.action if step else none,
+                command=command, intervention=step is not None and step.intervention,
+            )
+        )  # fmt: skip
+
+    def _end_episode(self) -> None:
+        if self.recorder is not None and self.recording:
+            report = self.last.report if self.last else {}
+            self.recorder.end({key: report[key] for key in ("success", "failure") if key in report})
+            self.recording = False
+
+    def write(self, folder: Path, about: dict[str, Any]) -> dict[str, Any]:
+        """control.json (figures and transitions) and control.npz (every sample) in a folder; returns the former."""
+        events = [asdict(event) for event in self.controller.machine.events]
+        result = about | {
+            "loop": asdict(self.config),
+            "priority": self.priority,
+            "ticks": self.controller.ticks,
+            "counts": self.counts(),
+            **self.stats.summary(),
+            "recorder": self.recorder.state if self.recorder else "off",
+            "events": events,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "control.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        samples: dict[str, Any] = self.stats.arrays()
+        np.savez_compressed(folder / "control.npz", **samples)
+        return result
