@@ -137,6 +137,24 @@ def test_operator_stops_and_resumes() -> None:
     assert bench.link.asked[asked]["captured_ns"] > 1e9 * (bench.now - 1.05)  # a fresh observation
 
 
+def test_a_reset_while_the_arm_brakes_waits_for_its_rest() -> None:
+    bench = Bench().start()
+    bench.controller.fail(bench.now, "test")
+    moving = bench.arm.at.copy()
+    bench.run(0.01)
+    bench.controller.reset(bench.now)
+    assert bench.state is FAULT
+    bench.run(0.3)
+    assert bench.path[-2:] == [FAULT, HOLD] or bench.path[-3:] == [FAULT, HOLD, RUN]
+    assert (bench.arm.at > moving).all()
+    sent = np.array(bench.arm.sent)
+    assert np.abs(np.diff(sent, n=2, axis=0)).max() <= 30.0 * 0.01**2 * 1.001
+    assert np.abs(np.diff(sent, n=3, axis=0)).max() <= 3000.0 * 0.01**3 * 1.001
+    bench.controller.fail(bench.now, "again")  # the last reset does not count for this
+    bench.run(0.5)
+    assert bench.state is FAULT
+
+
 def test_reset_and_resume_each_leave_their_own_state_only() -> None:
     bench = Bench().start()
     bench.controller.reset(bench.now)
@@ -413,6 +431,141 @@ def test_a_loop_that_does_not_divide_into_policy_steps_is_refused() -> None:
 def test_transitions_outside_the_table_are_mistakes() -> None:
     with pytest.raises(RuntimeError, match="cannot go from INIT to RUN"):
         Machine().go(RUN, "", 0.0, 0)
+
+
+def test_a_stop_wins_over_a_reset() -> None:
+    """In FAULT it makes the reset lead to STOPPED; after a reset, while the arm brakes, too."""
+    for early in (True, False):
+        bench = Bench().start()
+        bench.controller.fail(bench.now, "test")
+        if early:
+            bench.controller.stop(bench.now)
+        bench.controller.reset(bench.now)
+        if not early:
+            assert not bench.controller.limiter.at_rest
+            bench.controller.stop(bench.now)
+            bench.run(1)
+            assert bench.state is FAULT
+            bench.controller.reset(bench.now)
+        bench.run(1)
+        assert bench.state is STOPPED
+        bench.controller.resume(bench.now)
+        bench.run(1)
+        assert bench.state is RUN
+
+
+def test_a_second_fault_while_resetting_is_not_lost() -> None:
+    bench = Bench().start()
+    bench.controller.fail(bench.now, "first")
+    bench.controller.reset(bench.now)
+    bench.controller.fail(bench.now, "second")
+    bench.run(1)
+    assert bench.state is FAULT
+    assert bench.controller.machine.reason == "second"
+
+
+@pytest.mark.parametrize("wrong", ["raises", "nan", "size", "stamp"])
+def test_a_robot_class_that_fails_is_a_fault_and_the_arm_brakes(wrong: str) -> None:
+    bench = Bench().start()
+
+    def target(action: np.ndarray, target: np.ndarray, reading: Reading) -> np.ndarray:
+        if wrong == "raises":
+            raise ZeroDivisionError("the robot's own mistake")
+        return np.full(2, np.nan) if wrong == "nan" else np.zeros(3)
+
+    if wrong == "stamp":
+        bench.look = lambda: dataclasses.replace(bench.arm.look(bench.now), images={})
+    else:
+        bench.arm.target = target  # type: ignore[method-assign]
+    bench.run(1)
+    assert bench.state is FAULT
+    assert bench.controller.limiter.at_rest
+    assert bench.controller.audit.illegal == 0
+
+
+def test_a_command_that_the_audit_finds_illegal_is_withheld() -> None:
+    bench = Bench().start()
+    bench.controller.limiter.step = lambda *_: bench.arm.at + 0.3  # type: ignore[method-assign]
+    sent = len(bench.arm.sent)
+    bench.run(0.5)
+    assert len(bench.arm.sent) == sent
+    assert bench.state is FAULT
+    assert bench.controller.audit.illegal > 0
+
+
+@pytest.mark.parametrize("leave", ["resume", "reset"])
+def test_leaving_a_latched_state_takes_the_pose_of_a_later_reading(leave: str) -> None:
+    """Somebody has pushed the arm; what was measured before must not become the command."""
+    bench = Bench().start()
+    (bench.controller.stop if leave == "resume" else bench.controller.fail)(bench.now, "test")
+    bench.run(1)
+    before = bench.arm.look(bench.now)
+    bench.arm.send = bench.arm.sent.append  # type: ignore[method-assign]
+    bench.arm.at = np.array([-0.2, 0.2])
+    bench.look = lambda: before
+    getattr(bench.controller, leave)(bench.now)
+    sent = len(bench.arm.sent)
+    bench.run(0.1)
+    assert len(bench.arm.sent) == sent
+    bench.look = lambda: bench.arm.look(bench.now)
+    bench.run(0.02)
+    np.testing.assert_allclose(bench.arm.sent[sent], [-0.2, 0.2])
+
+
+@pytest.mark.parametrize("camera", [False, True], ids=["reading", "camera"])
+@pytest.mark.parametrize("ahead", [3600.0, np.nan])
+def test_stamps_from_the_future_or_none_hold(ahead: float, camera: bool) -> None:
+    bench = Bench().start()
+    stamp = bench.now + ahead
+    seen: dict[str, Any] = {"stamps": {"front": stamp}} if camera else {"stamp": stamp}
+    bench.look = lambda: dataclasses.replace(bench.arm.look(bench.now), **seen)
+    bench.run(0.1)
+    assert bench.state is HOLD
+
+
+def test_a_pause_of_the_controller_holds() -> None:
+    bench = Bench().start()
+    bench.now += 1.0
+    bench.run(0.01)
+    assert bench.state is HOLD
+    assert "stood still" in bench.controller.machine.events[-1].reason
+
+
+def test_interventions_do_not_outlive_a_stop_or_a_scene() -> None:
+    bench = Bench().start()
+    bench.controller.stop(bench.now)
+    bench.controller.intervene(np.array([0.9, 0.9]), bench.now)
+    assert bench.controller.operator is None
+    bench = Bench().start()
+    bench.controller.intervene(np.array([0.9, 0.9]), bench.now)
+    bench.controller.restart(bench.now)
+    assert bench.controller.operator is None
+
+
+def test_a_target_without_a_safe_way_is_a_fault_in_the_end() -> None:
+    bench = Bench(towards(0.9)).start()
+    bench.controller.limiter._way_out = lambda motion: None  # type: ignore[method-assign]
+    bench.run(2)
+    assert bench.state is FAULT
+    assert "no safe way" in bench.controller.machine.reason
+
+
+def test_being_cut_once_before_a_hold_is_not_being_cut_for_long() -> None:
+    bench = Bench().start()
+    bench.controller.clamped_since = bench.now
+    stale(bench)
+    bench.run(3)
+    assert bench.state is HOLD
+    bench.look = lambda: bench.arm.look(bench.now)
+    bench.run(0.5)
+    assert bench.controller.clamped_since == 0.0
+
+
+def test_an_instruction_that_the_wire_would_refuse_holds() -> None:
+    bench = Bench().start()
+    bench.controller.instruct("go " * 1000)
+    bench.run(0.5)
+    assert bench.state is HOLD
 
 
 any_number = st.floats(allow_nan=True, allow_infinity=True, width=32) | st.floats(-1.25, 1.25, width=32)

@@ -130,6 +130,18 @@ def test_a_record_that_was_written_over_meanwhile_is_read_anew() -> None:
     assert reader.number == 7 + SLOTS - 1
 
 
+def test_without_ordered_stores_a_checksum_tells_a_torn_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vla.control.shared.CHECKED", True)
+    newest = Newest(np.dtype([("number", "f8"), ("many", "i8", 8)]))
+    newest.write(number=1, many=1)
+    record = newest.read()
+    assert record is not None
+    assert record["many"].tolist() == [1] * 8
+    newest._records["many"][1 % SLOTS][3] = 7  # a store that is seen late
+    with pytest.raises(RuntimeError, match="Shared memory"):
+        newest.read()
+
+
 def test_memory_has_no_name() -> None:
     before = set(os.listdir("/dev/shm"))
     newest = Newest(FIELDS)
@@ -225,6 +237,23 @@ def test_questions(robot: RobotProcess) -> None:
 
 
 # -- ends --------------------------------------------------------------------------------------
+
+
+def test_a_command_from_before_a_new_scene_does_not_reach_it(robot: RobotProcess) -> None:
+    """The robot stands still; a command is written, and behind it a new scene is asked for."""
+    robot.send(np.array([1.0, time.monotonic()]))
+    time.sleep(0.05)
+    os.kill(robot.pid, signal.SIGSTOP)
+    robot.send(np.array([5.0, time.monotonic()]))
+    waker = subprocess.Popen(["sh", "-c", f"sleep 0.03; kill -CONT {robot.pid}"])
+    try:
+        assert robot.ask("reset", seed=3) == {"seed": 3}
+    finally:
+        waker.wait()
+    time.sleep(0.1)
+    reading = robot.read()
+    assert reading is not None
+    assert reading.joints.tolist() == [3.0, 3.0]
 
 
 def test_closing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,3 +153,42 @@ def test_limits_that_cannot_be() -> None:
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=r"limits\.\w+: got .*, expected .* remedy: "):
             dataclasses.replace(TWO, **wrong)
+
+
+def test_a_planner_that_errs_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trajectories that jump, or hide one later on: no illegal command comes of them."""
+    honest = Limiter._at
+    limits = Limits(TWO)
+    limiter, audit = Limiter(limits, DT), Audit(limits, DT)
+    limiter.reset(np.zeros(2))
+    audit.reset(np.zeros(2))
+    play(limiter, audit, np.array([0.5, 0.3]), None, 20)
+    for wrong_at in (DT, 3 * DT):
+
+        def wrong(trajectory: Any, time: float, wrong_at: float = wrong_at) -> Any:
+            motion = honest(trajectory, time)
+            return dataclasses.replace(motion, p=motion.p + 0.01) if time == wrong_at else motion
+
+        monkeypatch.setattr(Limiter, "_at", staticmethod(wrong))
+        play(limiter, audit, np.array([0.9, 0.4]), None, 5)
+        assert limiter.braked > 0
+        limiter.braked = 0
+
+
+@pytest.mark.parametrize("hand", [lambda joints: np.full((len(joints), 3), np.nan), lambda joints: 1 / 0])
+def test_a_hand_that_cannot_be_found_is_nowhere_allowed(hand: Any) -> None:
+    limits = Limits(BOXED, bent)
+    limiter, audit = Limiter(limits, DT), Audit(limits, DT)
+    limiter.reset(np.zeros(2))
+    audit.reset(np.zeros(2))
+    play(limiter, audit, np.array([0.5, 0.3]), None, 20)
+    limits.position = hand
+    for _ in range(100):
+        assert np.isfinite(limiter.step(np.array([-0.5, 0.3]))).all()
+    assert limiter.at_rest
+    assert limiter.braked == 100
+
+
+def test_limits_whose_stop_takes_too_many_ticks_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"limits\.acceleration: .*200 ticks"):
+        Limiter(Limits(dataclasses.replace(TWO, acceleration=(0.5, 0.5))), DT)

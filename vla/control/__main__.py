@@ -59,8 +59,11 @@ def main(config: ControlConfig, console: int | None = None) -> dict[str, Any]:
 
         signal.signal(signal.SIGTERM, end)
         signal.signal(signal.SIGINT, end)
-        loop.run(config.seconds or float("inf"))
-        return loop.write(output, {"robot": asdict(robot_config)})
+        try:
+            loop.run(config.seconds or float("inf"))
+        finally:
+            result = loop.write(output, {"robot": asdict(robot_config)})
+        return result
 
 
 def read_robot(config: ControlConfig) -> RobotConfig:

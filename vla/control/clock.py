@@ -72,5 +72,5 @@ def prioritise(priority: int) -> str:
 
 
 def tidy() -> None:
-    """Collect the youngest garbage, some microseconds' worth: the collector is off while the loop runs."""
-    gc.collect(0)
+    """Collect what has become garbage since `prioritise`, which is little: the collector is off while the loop runs."""
+    gc.collect()

@@ -69,13 +69,13 @@ class LoopConfig:
     stale: float = 0.2  # age of the newest reading or picture at which the arm holds
     frozen: float = 0.2  # the same picture for so long, while the arm moves: a camera that repeats itself
     frozen_motion: float = 0.02  # how far a joint must have moved for that, radians or metres
-    silence: float = 0.2  # of the policy server, busy or not
+    silence: float = 0.2  # of the policy server, busy or not, and of the console
     starved: float = 0.2  # without an action to play
-    clamped: float = 1.0  # targets beyond the limits for so long are a fault
+    clamped: float = 1.0  # targets beyond the limits, or that cannot be approached, for so long are a fault
     refused: int = 3  # chunks in a row that could not be used are a fault
     following: float = 0.5  # distance of command and measured joint that is a fault, radians or metres
     intervention: float = 0.3  # an operator's action counts for so long
-    deadman: str = "continue"  # when the console is lost: continue | hold
+    deadman: str = "hold"  # when the console is lost: hold | continue
     priority: int = 50  # of the loop's thread under SCHED_FIFO, where permitted; 0: ordinary
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from vla.control.robot import Reading, Robot
 from vla.control.safety import Audit, Limiter, Limits
 from vla.control.states import Machine, State
 from vla.control.watch import Watch
+from vla.serve.wire import MAX_TASK
 
 LATCHED = (State.STOPPED, State.FAULT)
 
@@ -59,7 +60,9 @@ class Controller:
         self.starved_since = self.clamped_since = 0.0
         self.captured: float | None = None
         self.step: Step | None = None
-        self._resetting = False  # the operator has, but the arm still brakes
+        self._leaving = False  # a latched state, as soon as the arm is at rest
+        self._stop_wanted = False  # in FAULT: its reset leads to STOPPED
+        self._ticked = math.inf  # when the last tick was
         self._not_before = -math.inf  # readings of before a restart show another pose
 
     @property
@@ -69,35 +72,51 @@ class Controller:
     # -- orders ----------------------------------------------------------------------------
 
     def instruct(self, task: str) -> None:
-        """Follow another instruction; the chunk that plays goes on until the first answer to it."""
-        self.task = task.strip()
+        """Follow another instruction; the chunk that plays goes on until the first answer to it.
+
+        One that the wire would refuse counts as none.
+        """
+        self.task = task.strip() if len(task) <= MAX_TASK else ""
 
     def stop(self, now: float, reason: str = "operator") -> None:
-        if self.state is not State.FAULT:
+        """Brake and stay; wins over a reset or resume that is under way."""
+        self._leaving = False
+        if self.state is State.FAULT:
+            self._stop_wanted = True
+        else:
             self._go(State.STOPPED, reason, now)
 
     def fail(self, now: float, reason: str) -> None:
-        """Something beside the controller is broken."""
+        """Something is broken."""
         self._go(State.FAULT, reason, now)
+
+    def hold(self, now: float, reason: str) -> None:
+        """Go on only from a fresh observation."""
+        if self.state is State.RUN:
+            self._go(State.HOLD, reason, now)
 
     def resume(self, now: float) -> None:
         """Leave STOPPED; the arm moves again after a fresh observation."""
-        if self.state is State.STOPPED:
-            self._go(State.HOLD, "resumed", now)
+        self._leaving = self.state is State.STOPPED
+        self._leave(now)
 
     def reset(self, now: float) -> None:
-        """Leave FAULT, the operator having looked; in the middle of braking, once that is over.
+        """Leave FAULT, the operator having looked."""
+        self._leaving = self.state is State.FAULT
+        self._leave(now)
 
-        The pose in which the arm is found becomes the command.
-        """
-        self._resetting = self.state is State.FAULT
-        self._recover(now)
-
-    def _recover(self, now: float) -> None:
-        if self._resetting and self.limiter.at_rest:
-            self._resetting = False
-            self.dialogue.refused, self.clamped_since, self.limiter.motion = 0, 0.0, None
-            self._go(State.HOLD, "reset", now)
+    def _leave(self, now: float) -> None:
+        """Once the arm is at rest. Where it is found then, perhaps pushed, becomes the command."""
+        if not self._leaving or not self.limiter.at_rest:
+            return
+        fault, stop, self._leaving, self._stop_wanted = (
+            self.state is State.FAULT,
+            self._stop_wanted,
+            False,
+            False,
+        )
+        self.dialogue.refused, self.limiter.motion, self._not_before = 0, None, now
+        self._go(State.STOPPED if stop else State.HOLD, "reset" if fault else "resumed", now)
 
     def restart(self, now: float) -> None:
         """The robot was put somewhere else (a simulated scene): hold, begin a new episode without instruction."""
@@ -106,21 +125,40 @@ class Controller:
         self.dialogue.forget()
         self.dialogue.episode += 1
         self.limiter.motion, self.limiter.way_out, self.task, self._not_before = None, [], "", now
+        self.operator = None
         self.watch = Watch(self.config)
 
     def intervene(self, action: np.ndarray, now: float) -> None:
-        """An operator's action (A,) instead of the policy's, for a moment. What is not finite is ignored."""
+        """An operator's action (A,) instead of the policy's, for a moment. What is not finite is ignored,
+        as is everything in a latched state.
+        """
         action = np.asarray(action, np.float32)
+        if self.state in LATCHED:
+            return
         if action.shape == (self.robot.features.action_dim,) and np.isfinite(action).all():
             self.operator = (action, now)
 
     # -- the tick --------------------------------------------------------------------------
 
     def tick(self, now: float, reading: Reading | None) -> np.ndarray | None:
-        """The command (J,) of this tick; None while nothing may be commanded yet."""
+        """The command (J,) of this tick; None while nothing may be commanded. Never raises: what does is a fault."""
         self.ticks += 1
         self.captured = self.step = None
-        self._recover(now)
+        try:
+            command = self._tick(now, reading)
+        except Exception as error:  # the robot's class, its readings, or a mistake here: the arm must brake
+            self.fail(now, f"{type(error).__name__}: {error}")
+            command = self.limiter.step(None) if self.limiter.motion is not None else None
+        self._ticked = now
+        if command is not None and not self.audit.check(command):
+            self._go(State.FAULT, "an illegal command was computed, and withheld", now)
+            return None
+        return command
+
+    def _tick(self, now: float, reading: Reading | None) -> np.ndarray | None:
+        self._leave(now)
+        if now - self._ticked > self.config.stale:
+            self.hold(now, f"the controller stood still for {1000 * (now - self._ticked):.0f} ms")
         self.dialogue.listen(now, self.task)
         trouble = self.watch.sensors(now, reading)
         if trouble is None and reading is not None and self.limiter.motion is None:
@@ -133,8 +171,6 @@ class Controller:
         command = self._command(now)
         if action is not None:
             self.step = Step(reading, action, command, self.task, self._driving(now))
-        if not self.audit.check(command):
-            self._go(State.FAULT, "an illegal command was computed", now)
         return command
 
     def _adopt(self, reading: Reading, now: float) -> str | None:
@@ -194,7 +230,7 @@ class Controller:
             self.dialogue.ask(now, reading, self.task)
         if self.state is State.RUN:
             self.begin = self.end = self.limiter.command
-            self.phase, self.starved_since = 0, now
+            self.phase, self.starved_since, self.clamped_since = 0, now, 0.0
 
     def _play(self, now: float, reading: Reading) -> np.ndarray | None:
         """RUN: at the beginning of a policy step, ask for what is due and take the next action, if there is one."""
@@ -232,14 +268,18 @@ class Controller:
             return self.limiter.step(None)
         share = (self.phase or self.ticks_per_step) / self.ticks_per_step
         velocity = (self.end - self.begin) * self.robot.features.fps
-        clamped = self.limiter.clamped
+        trouble = self.limiter.clamped + self.limiter.braked
         command = self.limiter.step(self.begin + share * (self.end - self.begin), velocity)
-        if self.limiter.clamped == clamped:
+        if self.limiter.clamped + self.limiter.braked == trouble:
             self.clamped_since = 0.0
         elif not self.clamped_since:
             self.clamped_since = now
         elif now - self.clamped_since > self.config.clamped:
-            self._go(State.FAULT, f"targets beyond the limits for {self.config.clamped} s", now)
+            self._go(
+                State.FAULT,
+                f"targets beyond the limits, or no safe way to them, for {self.config.clamped} s",
+                now,
+            )
         return command
 
     def _driving(self, now: float) -> bool:
@@ -255,4 +295,6 @@ class Controller:
             self.dialogue.forget()
             if state in LATCHED:
                 self.operator = None
+        if state is State.FAULT:
+            self._leaving = False
         self.machine.go(state, reason, now, self.ticks)

@@ -32,12 +32,13 @@ class Host:
     def __init__(self, pipe: Connection, readings: int, commands: int, woken: int) -> None:
         self.pipe, self.woken = pipe, woken
         self.descriptors = readings, commands
-        self.moving = threading.Lock()  # held while a command is sent
+        self.moving = threading.Lock()  # held while a command is sent or a question answered
         self.ended = False
         self.trouble: BaseException | None = None  # of the other thread
         self.gone = float("inf")  # when the controller went
         self.report: dict[str, Any] = {}
         self.stale = 0
+        self.asked = 0.0  # when the last question was answered: older commands were meant for what was before
 
     def run(self) -> bool:
         """Until the end; whether it was a good one."""
@@ -91,10 +92,17 @@ class Host:
         return "controller gone"
 
     def _answer(self, robot: Robot, number: int, name: str, arguments: dict[str, Any]) -> Any:
-        try:
-            return number, "", getattr(robot, name)(**arguments)
-        except Exception as error:
-            return number, f"The robot's {name}: {traceback.format_exception_only(error)[-1].strip()}", None
+        with self.moving:
+            try:
+                return number, "", getattr(robot, name)(**arguments)
+            except Exception as error:
+                return (
+                    number,
+                    f"The robot's {name}: {traceback.format_exception_only(error)[-1].strip()}",
+                    None,
+                )
+            finally:
+                self.asked = time.monotonic()
 
     def _publish(self, robot: Robot) -> None:
         reading, features = robot.observe(), robot.features
@@ -123,12 +131,12 @@ class Host:
                 record = self.commands.read()
                 if record is None or self.commands.number == before:
                     continue
-                if time.monotonic() - record["time"] > STALE_S:
-                    self.stale += 1
-                    continue
                 with self.moving:
                     if self.ended:
                         return
+                    if record["time"] <= self.asked or time.monotonic() - record["time"] > STALE_S:
+                        self.stale += 1
+                        continue
                     robot.send(record["command"])
         except Exception as error:
             self.trouble = error

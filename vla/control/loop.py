@@ -22,12 +22,14 @@ from vla.control.console import Channel, Status
 from vla.control.controller import Controller
 from vla.control.process import RobotError
 from vla.control.robot import Reading
+from vla.control.safety import MOST_TICKS
 from vla.control.states import State
 from vla.control.stats import Stats
 from vla.data.journal import Frame
 
 REPORT_HZ = 10
 RECENT_S = 5
+SCENE_S = 5.0  # that a new scene may take
 EVENTS = 50  # in a report, at most: a console that slept gets the rest with the next ones
 
 
@@ -70,6 +72,9 @@ class Loop:
         self.scene: dict[str, Any] = {}
         self.commands = self.told = 0
         self.task_due = 0.0
+        self.asleep = (
+            time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
+        )  # while suspended, this grows
         if channel is not None:
             controller.console_heard = time.monotonic()
 
@@ -81,19 +86,24 @@ class Loop:
         while not self.ended and time.monotonic() < end:
             self.tick()
         self.controller.stop(time.monotonic(), "the loop ends")
-        for _ in range(self.config.rate):
-            self.tick()
-            if self.controller.limiter.motion is None or self.controller.limiter.at_rest:
+        for _ in range(MOST_TICKS):
+            self.tick(obey=False)
+            if self.controller.limiter.at_rest:
                 break
         if self.recorder is not None:
             self.recorder.end({"ended": "the loop"})
 
-    def tick(self) -> None:
+    def tick(self, obey: bool = True) -> None:
+        """One beat of the pulse. obey: follow the console's orders."""
         beat = self.pulse.wait()
         self.stats.missed += beat.missed
         self.stats.add("lateness", beat.woke - beat.deadline)
-        self._obey()
+        if obey:
+            self._obey()
         now, controller = time.monotonic(), self.controller
+        if abs((asleep := time.clock_gettime(time.CLOCK_BOOTTIME) - now) - self.asleep) > self.config.stale:
+            controller.hold(now, "the machine was suspended")
+        self.asleep = asleep
         self._follow(now)
         reading = self._read(now)
         command = controller.tick(now, reading)
@@ -103,11 +113,11 @@ class Loop:
         if controller.captured is not None:
             self.stats.add("latency", written - controller.captured)
         self._record(now, reading, command)
-        self.stats.add("duration", time.monotonic() - beat.woke)
-        if controller.ticks % (self.config.rate // REPORT_HZ) == 0:
+        if controller.ticks % max(1, self.config.rate // REPORT_HZ) == 0:
             self._tell(now)
         if controller.ticks % self.config.rate == 0:
             tidy()
+        self.stats.add("duration", time.monotonic() - beat.woke)
 
     def _follow(self, now: float) -> None:
         """The next of `tasks` when the time of the last is over."""
@@ -118,7 +128,11 @@ class Loop:
     def _read(self, now: float) -> Reading | None:
         try:
             self.last = self.robot.read()
-        except RobotError as error:
+        except (
+            RobotError,
+            RuntimeError,
+            ValueError,
+        ) as error:  # it died, or what it published cannot be read
             self._robot_lost(error, now)
         return self.last
 
@@ -129,7 +143,7 @@ class Loop:
         except RobotError as error:
             self._robot_lost(error, now)
 
-    def _robot_lost(self, error: RobotError, now: float) -> None:
+    def _robot_lost(self, error: Exception, now: float) -> None:
         """The last reading stays what it was, and grows stale."""
         if self.controller.state is not State.FAULT:
             self.controller.fail(now, f"the robot: {error}")
@@ -167,7 +181,7 @@ class Loop:
         """A new scene, which takes a while: the ticks meanwhile do not count. A robot without scenes stays as it is."""
         self._end_episode()
         try:
-            self.scene = {"seed": seed, **self.robot.ask("reset", seed=seed)}
+            self.scene = {"seed": seed, **self.robot.ask("reset", timeout_s=SCENE_S, seed=seed)}
             self.controller.restart(time.monotonic())
         except (RobotError, TypeError) as error:  # the latter for an answer that is no mapping
             self.scene = {"seed": seed, "error": str(error)}
@@ -193,7 +207,7 @@ class Loop:
             self.told += len(new)
 
     def counts(self) -> dict[str, int]:
-        """Since the start: commands, illegal ones, cut targets, refused ways, late and refused answers, ticks left out."""
+        """Since the start: commands, illegal ones, cut targets, refused ways, ticks left out, answers not used."""
         controller = self.controller
         return {
             "commands": self.commands, "illegal": controller.audit.illegal, "clamped": controller.limiter.clamped,

@@ -4,7 +4,7 @@
 
 INIT waits for sensors and server, READY for an instruction, RUN plays chunks, HOLD keeps position and
 goes on by itself when its cause is gone and a chunk from a fresh observation has come. STOPPED
-is left by `resume`, FAULT by `reset`.
+is left by `resume`, FAULT by `reset`, for STOPPED if somebody has stopped meanwhile.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ MAY_FOLLOW = {
     State.INIT: {State.READY, State.STOPPED, State.FAULT},
     State.READY: {State.RUN, State.HOLD, State.STOPPED, State.FAULT},
     State.RUN: {State.HOLD, State.STOPPED, State.FAULT},
-    State.HOLD: {State.RUN, State.STOPPED, State.FAULT, State.READY},
+    State.HOLD: {State.RUN, State.STOPPED, State.FAULT},
     State.STOPPED: {State.HOLD, State.FAULT},
-    State.FAULT: {State.HOLD},
+    State.FAULT: {State.HOLD, State.STOPPED},
 }
 
 

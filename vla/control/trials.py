@@ -38,14 +38,21 @@ class Trials:
         self.seed: int | None = None
         self.task = ""
         self.done = False
+        self._steps = -1
         self.began, self.steps, self.holds, self.changed = 0.0, 0, 0, time.monotonic()
 
     def see(self, status: Status) -> Iterator[Any]:
         """Orders that follow from a status. Raises TimeoutError when nothing moves on."""
+        if status.steps != self._steps:
+            self._steps, self.changed = status.steps, status.time
         if status.time - self.changed > PATIENCE_S:
             raise TimeoutError(
                 f"The trials do not go on. got: {status.state} ({status.reason}) for {PATIENCE_S:.0f} s. expected: an "
                 "episode that ends. remedy: see the reason; a robot without success in its report cannot be scored."
+            )
+        if self.seed is not None and "error" in status.scene:
+            raise ValueError(
+                f"The robot has no scenes to try. got: {status.scene['error']}. remedy: a simulated robot."
             )
         if self.seed is None:
             yield from self._next(status)

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from vla.control import console as orders
 from vla.control.console import Status
+from vla.serve.wire import MAX_TASK
 
 COLOURS = {
     "INIT": "white",
@@ -27,7 +28,7 @@ COLOURS = {
     "STOPPED": "magenta",
     "FAULT": "red",
 }
-HELP = "type an instruction · Enter alone stops · /resume · /reset · /drive a b c … · /quit"
+HELP = "type an instruction · Escape, or Enter alone, stops · /resume · /reset · /drive a b c … · /quit"
 SIMPLE = {"": orders.Stop(), "/stop": orders.Stop(), "/resume": orders.Resume(), "/reset": orders.Reset(),
           "/quit": orders.Quit()}  # fmt: skip
 
@@ -44,6 +45,8 @@ def parse(line: str) -> orders.Order | str:
             return f"got {line!r}, expected /drive and one number for each action dimension"
     if line.startswith("/"):
         return f"got {line!r}, expected one of {', '.join(filter(None, SIMPLE))} or /drive; or an instruction"
+    if len(line) > MAX_TASK:
+        return f"got {len(line)} letters, expected an instruction of at most {MAX_TASK}"
     return orders.Instruct(line)
 
 
@@ -82,7 +85,9 @@ class View:
     def type(self, keys: str) -> Iterator[orders.Order]:
         """Keys as they are pressed; orders when a line is complete."""
         for key in keys:
-            if key in "\r\n":
+            if key == "\x1b":
+                yield orders.Stop()
+            elif key in "\r\n":
                 said, self.line = parse(self.line), ""
                 self.note = said if isinstance(said, str) else ""
                 if not isinstance(said, str):

@@ -9,6 +9,8 @@ import numpy as np
 from vla.control.config import LoopConfig
 from vla.control.robot import Reading
 
+AHEAD_S = 0.05  # a stamp may lie so far in the future: the reading came while the tick ran
+
 
 class Frozen:
     """Notices a camera that delivers the same picture again and again while the arm moves.
@@ -49,13 +51,18 @@ class Watch:
         """Why the reading cannot be acted on; None when it can."""
         if reading is None:
             return "no reading from the robot yet"
-        if now - reading.stamp > self.config.stale:
-            return f"stale reading: {1000 * (now - reading.stamp):.0f} ms old"
+        for what, stamp in {
+            "reading": reading.stamp,
+            **{f"camera {k}": v for k, v in reading.stamps.items()},
+        }.items():
+            if not now - stamp <= self.config.stale:  # NaN is stale
+                return f"stale {what}: {1000 * (now - stamp):.0f} ms old"
+            if now - stamp < -AHEAD_S:
+                return (
+                    f"{what} from the future: {1000 * (stamp - now):.0f} ms; stamps must be time.monotonic()"
+                )
         if not (np.isfinite(reading.joints).all() and np.isfinite(reading.state).all()):
             return "a reading that is not finite"
-        for name, stamp in reading.stamps.items():
-            if now - stamp > self.config.stale:
-                return f"stale camera {name}: {1000 * (now - stamp):.0f} ms old"
         frozen = self.frozen.cameras(reading)
         return f"frozen camera {', '.join(frozen)}" if frozen else None
 
