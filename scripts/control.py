@@ -9,6 +9,7 @@ one), shows what it does, and sends it what you type: instructions, Enter alone 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -32,6 +33,8 @@ def main(config: ControlConfig, argv: list[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "vla.control", f"--console={theirs.fileno()}", *argv]
     controller = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
     theirs.close()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal stops the arm, too
+        signal.signal(number, signal.default_int_handler)
     trials = Trials(config.trials, config.seed) if config.trials else None
     view = View(plain=not sys.stdout.isatty())
     with keyboard(), view:

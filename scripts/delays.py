@@ -58,10 +58,15 @@ def some(
 
 
 def main(
-    checkpoint: str, robot: str, episodes: int, seed: int, n_action_steps: int, misled: float
+    checkpoint: str,
+    robot: str,
+    cells: list[Cell],
+    episodes: int,
+    seed: int,
+    n_action_steps: int,
+    misled: float,
 ) -> dict[str, Any]:
     """All cells, the scenes spread over the cores."""
-    cells = [(schedule, delay) for schedule in SCHEDULES for delay in DELAYS_MS]
     n = min(cores(), episodes)
     bounds = [seed + episodes * i // n for i in range(n + 1)]
     with ProcessPoolExecutor(n, get_context("spawn")) as pool:
@@ -97,13 +102,11 @@ def row(schedule: str, delay: int, outcomes: list[Outcome]) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     cells = {(r["schedule"], r["delay_ms"]): r for r in result["rows"]}
-    lines = [
-        "| schedule | " + " | ".join(f"{d} ms" for d in DELAYS_MS) + " |",
-        "|---|" + "---|" * len(DELAYS_MS),
-    ]
-    for schedule in SCHEDULES:
+    schedules, delays = (list(dict.fromkeys(cell[i] for cell in cells)) for i in (0, 1))
+    lines = ["| schedule | " + " | ".join(f"{d} ms" for d in delays) + " |", "|---|" + "---|" * len(delays)]
+    for schedule in schedules:
         texts = []
-        for delay in DELAYS_MS:
+        for delay in delays:
             r = cells[schedule, delay]
             low, high = r["success"]["wilson_95"]
             text = f"{r['success']['success_rate']:.1%} [{low:.1%}, {high:.1%}]"
@@ -118,6 +121,8 @@ if __name__ == "__main__":
     )
     parser.add_argument("checkpoint", help="a run, a checkpoint or an export")
     parser.add_argument("--robot", default="configs/robots/tabletop.yaml")
+    parser.add_argument("--schedules", nargs="+", default=SCHEDULES, choices=SCHEDULES)
+    parser.add_argument("--delays", nargs="+", type=int, default=DELAYS_MS, help="in ms")
     parser.add_argument("--episodes", type=int, default=400)
     parser.add_argument("--seed", type=int, default=1_000_000)
     parser.add_argument("--n-action-steps", type=int, default=0, help="0: half of the chunk")
@@ -127,7 +132,8 @@ if __name__ == "__main__":
     try:
         if a.results:
             require_writable(a.results.parent)
-        result = main(a.checkpoint, a.robot, a.episodes, a.seed, a.n_action_steps, a.misled)
+        cells = [(schedule, delay) for schedule in a.schedules for delay in a.delays]
+        result = main(a.checkpoint, a.robot, cells, a.episodes, a.seed, a.n_action_steps, a.misled)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"delays: {error}")
     print(table(result))

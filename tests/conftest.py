@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import faults
 import parity
 import pytest
 
@@ -46,12 +47,18 @@ setattr(socket.socket, "connect_ex", _local_only(socket.socket.connect_ex))  # n
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--parity", type=Path, help="a JSON file for how far from their references systems were")
+    parser.addoption(
+        "--faults", type=Path, help="a JSON file for how long the controller took to respond to faults"
+    )
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if (path := config.getoption("--parity")) is not None:
         parity.write(path)
         terminalreporter.write_line("\n".join(parity.table()))
+    if (path := config.getoption("--faults")) is not None:
+        faults.write(path)
+        terminalreporter.write_line("\n".join(faults.table()))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
