@@ -13,7 +13,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from vla.data.collect import KEEP, collect
+try:
+    from vla.data.collect import KEEP, collect
+except ImportError as missing:
+    sys.exit(
+        f"collect: got no package {missing.name!r}, expected LeRobot's. remedy: pip install 'vla[policy,data]'."
+    )
 from vla.system import require_writable
 
 

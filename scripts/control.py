@@ -23,8 +23,8 @@ from vla.control.console import Alive, Channel, Quit, Stop, pair
 from vla.control.process import RobotError
 from vla.control.trials import Trials
 from vla.control.view import View, keyboard, pressed, times
-from vla.evaluation.summary import rate
 from vla.provenance import machine, versions
+from vla.rates import rate
 
 
 def main(config: ControlConfig, argv: list[str]) -> dict[str, Any]:
@@ -48,7 +48,9 @@ def main(config: ControlConfig, argv: list[str]) -> dict[str, Any]:
             channel.send(Quit())
             code = controller.wait(60)
     if code != 0:
-        raise RuntimeError(f"the controller ended with exit code {code}; see its message above.")
+        raise RuntimeError(
+            f"the controller was killed by signal {-code}." if code < 0 else "see the message above."
+        )
     result = json.loads((Path(config.output) / "control.json").read_text())
     result |= {"machine": machine(), "versions": versions()}
     if trials is not None:
@@ -81,7 +83,7 @@ def report(result: dict[str, Any]) -> str:
     ):
         lines.append(f"{title:<14} {times(result[name])}  n {result[name].get('n', 0)}")
     lines.append(f"{'counts':<14} {'  '.join(f'{k} {v}' for k, v in result['counts'].items())}")
-    if "success" in result:
+    if result.get("success", {}).get("n_episodes"):
         s = result["success"]
         low, high = s["wilson_95"]
         lines.append(f"{'success':<14} {s['success_rate']:.0%} [{low:.0%}, {high:.0%}] of {s['n_episodes']}")

@@ -25,8 +25,8 @@ from vla.control.config import SCHEDULES, LoopConfig, RobotConfig
 from vla.control.lockstep import Outcome, play
 from vla.control.process import load_robot
 from vla.control.safety import Limits
-from vla.evaluation.summary import rate
 from vla.provenance import machine, versions
+from vla.rates import rate
 from vla.system import cores, require_writable
 
 DELAYS_MS = (0, 50, 100, 200, 400)

@@ -22,10 +22,10 @@ import numpy as np
 from vla.checks import require
 from vla.environment import make_env
 from vla.evaluation.episodes import split_kwargs
-from vla.evaluation.summary import rate
 from vla.observation import IMAGES, IS_SUCCESS, STATE, TASK
 from vla.policy import Policy
 from vla.provenance import machine, portable, versions
+from vla.rates import rate
 from vla.system import require_writable, sha256
 
 

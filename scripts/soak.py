@@ -20,8 +20,8 @@ from vla.config import load
 from vla.control.config import ControlConfig
 from vla.control.console import Alive, Channel, Quit, Status, pair
 from vla.control.trials import Trials
-from vla.evaluation.summary import rate
 from vla.provenance import machine, versions
+from vla.rates import rate
 
 SAMPLE_S, WINDOW_S = 10.0, 60.0
 MOST_MB, MOST_TIMES = (

@@ -64,6 +64,7 @@ class FakeLink:
     ) -> None:
         self.policy, self.delay, self.now = policy, delay, 0.0
         self.hello: Hello | None = Hello(1, "f" * 64, {"front": (4, 4)}, 2, 2, FPS, CHUNK, 1, max_prefix)
+        self.error: str | None = None
         self.connected, self.changed, self.silent_since = True, False, float("inf")
         self.asked: list[dict[str, Any]] = []
         self.under_way: list[tuple[float, dict[str, Any]]] = []

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Imports point left to right; modules in one row may know each other.
 LAYERS = [
     {"__init__", "architecture", "checks", "config", "observation", "environment", "device", "inputs", "manifest",
-     "provenance", "system"},
+     "provenance", "rates", "system"},
     {"data"},
     {"model"},
     {"training"},
@@ -136,6 +136,26 @@ for name in {modules}:
 """
     done = run("-c", program)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("script", ["control", "serve"])
+def test_the_scripts_of_a_robot_need_no_more_than_its_core(script: str) -> None:
+    """Up to where the robot's class is loaded, or the policy: a file that is not there is the error."""
+    program = f"""
+import runpy, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {(*CORES["control"][1], "envs")}:
+            raise ModuleNotFoundError(f"{{name}} is not in the core", name=name)
+sys.meta_path.insert(0, Absent())
+sys.argv = ["scripts/{script}.py", "nowhere"]
+runpy.run_path("scripts/{script}.py", run_name="__main__")
+"""
+    done = run("-c", program)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    expected = {"control": "expected a YAML file", "serve": "expected what this policy runs on"}[script]
+    assert expected in done.stderr, done.stderr
 
 
 def test_importing_vla_is_cheap_and_its_words_need_no_torch() -> None:

@@ -11,9 +11,9 @@ from toy_env import COLOURS, ToyPolicy
 from vla.config import EnvConfig, EvaluateConfig, Job
 from vla.evaluation import EnvironmentCrash, evaluate
 from vla.evaluation.episodes import Episode, Row, wrong_texts
-from vla.evaluation.summary import rate, wilson
 from vla.observation import Features
 from vla.provenance import portable
+from vla.rates import rate, wilson
 
 TOY = EnvConfig("toy_env:Toy-v0")
 SMALL = EvaluateConfig(episodes=12, slots=5, workers=1, n_action_steps=4, videos=0)

@@ -118,6 +118,8 @@ class Bench:
 
     def ticks(self, n: int, *say: Any) -> Bench:
         """Say something and tick so often."""
+        if say and self.state is State.INIT:
+            self.loop.tick()  # READY: before that, nothing is followed
         for order in say:
             assert self.console is not None
             assert self.console.send(order)
@@ -235,6 +237,28 @@ def test_a_robot_without_scenes_goes_on_without_a_jump(fault: str) -> None:
     sent = np.array(bench.arm.sent)
     assert np.abs(np.diff(sent, n=2, axis=0)).max() < 30.0 * 0.01**2 * 1.01
     assert bench.state is State.RUN
+
+
+def test_an_instruction_before_all_is_there_is_not_kept_for_later() -> None:
+    bench = Bench()
+    hello, bench.link.hello, bench.link.connected = bench.link.hello, None, False
+    bench.link.error = "connection refused"
+    bench.ticks(30)
+    assert bench.state is State.INIT
+    assert bench.controller.machine.reason == "no connection to the policy server: connection refused"
+    assert bench.console is not None
+    bench.console.send(Instruct("go"))
+    bench.ticks(30)
+    assert "'go' is ignored" in bench.statuses[-1].note
+    bench.link.hello, bench.link.connected = hello, True
+    bench.ticks(50)
+    assert bench.state is State.READY
+    assert bench.arm.at.tolist() == [0.0, 0.0]
+
+
+def test_an_intervention_of_another_size_is_said_to_be_ignored() -> None:
+    bench = Bench().ticks(1, Intervene([1.0])).ticks(20)
+    assert "of 1 numbers is ignored: 2 finite ones" in bench.statuses[-1].note
 
 
 def test_tasks_follow_each_other_until_somebody_types() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from vla.checks import read_yaml
+from vla.checks import read_yaml, require
 from vla.config import decode, load
 from vla.control.config import ControlConfig, RobotConfig
 from vla.control.console import desk
@@ -27,6 +27,7 @@ from vla.control.safety import Limits
 from vla.serve.access import read_token
 from vla.serve.client import Client
 from vla.serve.local import LocalServer
+from vla.system import require_writable
 
 
 def main(config: ControlConfig, console: int | None = None) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def main(config: ControlConfig, console: int | None = None) -> dict[str, Any]:
     """
     robot_config = read_robot(config)
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
+    require_writable(output)
     with contextlib.ExitStack() as stack:
         robot = stack.enter_context(RobotProcess(robot_config, log=output / "robot.log"))
         url = config.server
@@ -68,7 +69,14 @@ def main(config: ControlConfig, console: int | None = None) -> dict[str, Any]:
 
 def read_robot(config: ControlConfig) -> RobotConfig:
     """The robot's file, with `robot_kwargs` over its own. Raises ConfigError."""
-    robot = decode(RobotConfig, read_yaml(Path(config.robot)))
+    tree = read_yaml(Path(config.robot))
+    require(
+        isinstance(tree, dict) and "limits" in tree,
+        config.robot,
+        "no limits",
+        "a robot's id, kwargs and limits",
+    )
+    robot = decode(RobotConfig, tree)
     return replace(robot, kwargs={**robot.kwargs, **config.robot_kwargs})
 
 
@@ -78,9 +86,12 @@ def run(argv: list[str]) -> int:
     if argv and argv[0].startswith("--console="):
         console = int(argv.pop(0).partition("=")[2])
     try:
-        main(load(ControlConfig, argv), console)
+        result = main(load(ControlConfig, argv), console)
     except (ValueError, OSError, RobotError) as error:
         print(f"control: {error}", file=sys.stderr)
+        return 1
+    if result["state"] in ("INIT", "FAULT"):
+        print(f"control: ended in {result['state']}: {result['reason']}", file=sys.stderr)
         return 1
     return 0
 

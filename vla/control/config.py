@@ -130,5 +130,5 @@ class ControlConfig:
             "a checkpoint for a policy of one's own, or the url of a server, and not both",
             "set either checkpoint or server",
         )  # fmt: skip
-        for name in ("task_seconds", "seconds"):
+        for name in ("task_seconds", "seconds", "trials", "seed"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")

@@ -78,6 +78,7 @@ class Status(msgspec.Struct, frozen=True):
     priority: str
     events: list[tuple[float, int, str, str, str]]  # new ones: time, tick, before, after, reason
     scene: dict[str, Any]  # of the last Begin: its instruction
+    note: str = ""  # why the last order was not followed
 
 
 class Channel:

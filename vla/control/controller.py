@@ -128,15 +128,15 @@ class Controller:
         self.operator = None
         self.watch = Watch(self.config)
 
-    def intervene(self, action: np.ndarray, now: float) -> None:
-        """An operator's action (A,) instead of the policy's, for a moment. What is not finite is ignored,
-        as is everything in a latched state.
+    def intervene(self, action: np.ndarray, now: float) -> bool:
+        """An operator's action (A,) instead of the policy's, for a moment; whether it is one. In a latched state
+        nothing is taken.
         """
         action = np.asarray(action, np.float32)
-        if self.state in LATCHED:
-            return
-        if action.shape == (self.robot.features.action_dim,) and np.isfinite(action).all():
+        fits = action.shape == (self.robot.features.action_dim,) and bool(np.isfinite(action).all())
+        if fits and self.state not in LATCHED:
             self.operator = (action, now)
+        return fits
 
     # -- the tick --------------------------------------------------------------------------
 
@@ -163,6 +163,8 @@ class Controller:
         trouble = self.watch.sensors(now, reading)
         if trouble is None and reading is not None and self.limiter.motion is None:
             trouble = self._adopt(reading, now)
+        if self.state is State.INIT:
+            self.machine.reason = trouble or self.watch.server(now, self.link) or "meeting robot and policy"
         if self.limiter.motion is None or reading is None:
             return None
         if self.state not in LATCHED and self._judge(now, reading, trouble) and self.state is not State.RUN:
@@ -200,7 +202,7 @@ class Controller:
             self._meet(now)
         if self.state in (*LATCHED, State.INIT):
             return False
-        server = None if self._driving(now) else self.watch.server(now, self.link.connected, self.link.heard)
+        server = None if self._driving(now) else self.watch.server(now, self.link)
         console = "the console is lost" if self._abandoned(now) else None
         if why := trouble or server or console:
             self.dialogue.forget()

@@ -22,7 +22,7 @@ class Link(Protocol):
     """The way to the policy; nothing here waits. vla.serve.client.Client is one.
 
     hello: what the server said it is, None while there is none; heard: when something last came
-    (monotonic seconds); changed: it came back as another policy.
+    (monotonic seconds); changed: it came back as another policy; error: why there is no connection.
     """
 
     @property
@@ -33,6 +33,8 @@ class Link(Protocol):
     def heard(self) -> float: ...
     @property
     def changed(self) -> bool: ...
+    @property
+    def error(self) -> str | None: ...
 
     def ask(
         self,

@@ -43,12 +43,13 @@ class Host:
     def run(self) -> bool:
         """Until the end; whether it was a good one."""
         config, log = self.pipe.recv()
-        why, robot, good = "closed", None, True
+        why, robot, good, connected = "closed", None, True, False
         try:
             robot = load_robot(config)
             self.readings = Newest(reading_fields(robot), self.descriptors[0])
             self.commands = Newest(command_fields(robot), self.descriptors[1])
             robot.connect()
+            connected = True
             self._publish(robot)
             self.pipe.send((0, "", None))
             threading.Thread(target=self._forward, args=(robot,), daemon=True).start()
@@ -60,7 +61,7 @@ class Host:
         with self.moving:
             self.ended = True
         try:
-            if robot is not None:
+            if robot is not None and connected:
                 robot.disconnect()
         finally:
             if log is not None:

@@ -45,7 +45,7 @@ class Answer:
 class DelayedLink:
     """Answers exactly `delay` seconds of virtual time after it was asked; the newest question wins."""
 
-    connected, changed = True, False
+    connected, changed, error = True, False, None
 
     def __init__(self, policy: Any, delay: float = 0.0) -> None:
         self.policy, self.delay, self.now = policy, delay, 0.0

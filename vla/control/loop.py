@@ -72,6 +72,8 @@ class Loop:
         self.scene: dict[str, Any] = {}
         self.commands = self.told = 0
         self.task_due = 0.0
+        self.outcome = {"state": "INIT", "reason": "it never ran"}  # before the end
+        self.note = ""  # why the last order was not followed
         self.asleep = (
             time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
         )  # while suspended, this grows
@@ -85,6 +87,7 @@ class Loop:
         self.pulse.restart()
         while not self.ended and time.monotonic() < end:
             self.tick()
+        self.outcome = {"state": str(self.controller.state), "reason": self.controller.machine.reason}
         self.controller.stop(time.monotonic(), "the loop ends")
         for _ in range(MOST_TICKS):
             self.tick(obey=False)
@@ -156,6 +159,7 @@ class Loop:
         now = time.monotonic()
         for order in self.channel.receive():
             self.controller.console_heard = now
+            self.note = self.note if isinstance(order, orders.Alive) else ""
             self._carry_out(order, now)
 
     def _carry_out(self, order: Any, now: float) -> None:
@@ -167,11 +171,17 @@ class Loop:
                 controller.resume(now)
             case orders.Reset():
                 controller.reset(now)
-            case orders.Instruct(task):
+            case orders.Instruct(task) if controller.state is not State.INIT:
                 self.tasks.clear()
                 controller.instruct(task)
+            case orders.Instruct(task):  # or the arm would move by itself when the server comes
+                self.note = f"{task!r} is ignored: robot and policy are not there yet"
             case orders.Intervene(action):
-                controller.intervene(np.array(action), now)
+                if not controller.intervene(np.array(action), now):
+                    n = controller.robot.features.action_dim
+                    self.note = (
+                        f"an intervention of {len(action)} numbers is ignored: {n} finite ones are expected"
+                    )
             case orders.Begin(seed):
                 self._begin(seed)
             case orders.Quit():
@@ -199,7 +209,7 @@ class Loop:
                 steps=controller.dialogue.player.step if controller.dialogue.player else 0,
                 counts=self.counts(), lateness=self.stats.recent("lateness", recent),
                 latency=self.stats.recent("latency", RECENT_S * 5), robot=self.last.report if self.last else {},
-                recorder=self.recorder.state if self.recorder else "off", priority=self.priority,
+                recorder=self.recorder.state if self.recorder else "off", priority=self.priority, note=self.note,
                 events=[(e.time, e.tick, e.before, e.after, e.reason) for e in new], scene=self.scene,
             )
         )  # fmt: skip
@@ -252,6 +262,7 @@ class Loop:
         result = about | {
             "loop": asdict(self.config),
             "priority": self.priority,
+            **self.outcome,
             "ticks": self.controller.ticks,
             "counts": self.counts(),
             **self.stats.summary(),

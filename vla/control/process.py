@@ -44,7 +44,7 @@ def load_robot(config: RobotConfig) -> Robot:
     try:
         cls: Any = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
-        remedy = "correct robot.id, or install what it needs"
+        remedy = "correct id, put its folder on the PYTHONPATH, or install what it needs"
         require(False, "robot.id", config.id, f"a module that can be imported ({error})", remedy)
     fits = isinstance(cls, type) and issubclass(cls, Robot)
     require(fits, "robot.id", config.id, f"a subclass of vla.control.robot.Robot in {module}")

@@ -73,6 +73,12 @@ class View:
 
     def see(self, status: Status) -> None:
         self.start = self.start or status.time
+        if (
+            self.plain
+            and status.state == "INIT"
+            and (self.status is None or self.status.reason != status.reason)
+        ):
+            print(f"{status.time - self.start:8.2f} s  INIT  {status.reason}", flush=True)
         self.status = status
         for time, _, before, after, reason in status.events:
             self.events.append(f"{time - self.start:8.2f} s  {before} → {after}  {reason}")
@@ -114,12 +120,13 @@ class View:
         }  # fmt: skip
         for name, value in rows.items():
             grid.add_row(Text(name, "dim"), value)
+        said = self.note or status.note
         typed = Text(f"> {self.line}▏", "bold")
         parts = [
             grid,
             Text("\n".join(self.events), "dim"),
             typed,
-            Text(self.note or HELP, "red" if self.note else "dim"),
+            Text(said or HELP, "red" if said else "dim"),
         ]
         return Panel(Group(*parts), title="vla control", border_style=COLOURS.get(status.state, "white"))
 

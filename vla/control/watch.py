@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 
 from vla.control.config import LoopConfig
+from vla.control.dialogue import Link
 from vla.control.robot import Reading
 
 AHEAD_S = 0.05  # a stamp may lie so far in the future: the reading came while the tick ran
@@ -66,10 +67,10 @@ class Watch:
         frozen = self.frozen.cameras(reading)
         return f"frozen camera {', '.join(frozen)}" if frozen else None
 
-    def server(self, now: float, connected: bool, heard: float) -> str | None:
+    def server(self, now: float, link: Link) -> str | None:
         """Why the policy cannot be relied on; None when it can."""
-        if not connected:
-            return "no connection to the policy server"
-        if now - heard > self.config.silence:
-            return f"silent policy server: {1000 * (now - heard):.0f} ms"
+        if not link.connected:
+            return f"no connection to the policy server: {link.error or 'connecting'}"
+        if now - link.heard > self.config.silence:
+            return f"silent policy server: {1000 * (now - link.heard):.0f} ms"
         return None

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vla.evaluation.summary import wilson
 from vla.explain.episode import Look, play
 from vla.policy import Policy
+from vla.rates import wilson
 
 IN_VIEW = 0.9  # of the item's first pixels: a later look counts while the hand does not cover it
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -82,8 +83,16 @@ def main(argv: list[str]) -> int:
         )
     except KeyboardInterrupt:
         return 0
+    except ImportError as error:
+        print(
+            f"serve: got no package {error.name!r}, expected what this policy runs on. remedy: pip install "
+            "'vla[serve]' for checkpoints, 'vla[control,onnx]' for ONNX exports.", file=sys.stderr,
+        )  # fmt: skip
+        return 1
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"serve: {error}", file=sys.stderr)
+        taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        remedy = " remedy: end the server that is there, or choose another --port." if taken else ""
+        print(f"serve: {error}{remedy}", file=sys.stderr)
         return 1
     return 0
 
