@@ -239,6 +239,14 @@ def test_a_robot_without_scenes_goes_on_without_a_jump(fault: str) -> None:
     assert bench.state is State.RUN
 
 
+def test_without_a_console_the_last_task_is_the_end() -> None:
+    bench = Bench(watched=False, tasks=["go", "come"], task_seconds=0.2)
+    bench.loop.run(seconds=5)
+    assert bench.loop.ended
+    assert 0.4 <= bench.controller.ticks / 100 < 2
+    assert bench.loop.outcome["state"] == "RUN"
+
+
 def test_an_instruction_before_all_is_there_is_not_kept_for_later() -> None:
     bench = Bench()
     hello, bench.link.hello, bench.link.connected = bench.link.hello, None, False

@@ -123,10 +123,14 @@ class Loop:
         self.stats.add("duration", time.monotonic() - beat.woke)
 
     def _follow(self, now: float) -> None:
-        """The next of `tasks` when the time of the last is over."""
-        if self.tasks and self.controller.state is not State.INIT and now >= self.task_due:
+        """The next of `tasks` when the time of the last is over; without a console, the end after the last."""
+        if self.controller.state is State.INIT or now < self.task_due:
+            return
+        if self.tasks:
             self.controller.instruct(self.tasks.pop(0))
             self.task_due = now + self.task_seconds
+        elif self.task_due and self.channel is None:
+            self.ended = True
 
     def _read(self, now: float) -> Reading | None:
         try:
