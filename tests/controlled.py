@@ -176,11 +176,14 @@ class Controlled:
         return (self.folder / "errors").read_text()
 
     def end(self) -> dict[str, Any]:
-        """Quit, and what control.json says."""
+        """Quit, and what control.json says; a run that ends in FAULT has exit code 1 and says why."""
         self.order(Quit())
-        assert self.process.wait(PATIENCE_S) == 0, self.said()
+        code = self.process.wait(PATIENCE_S)
         self.channel.close()
-        return json.loads((self.folder / "control.json").read_text())
+        result = json.loads((self.folder / "control.json").read_text())
+        assert code == (result["state"] in ("INIT", "FAULT")), self.said()
+        assert code == 0 or result["reason"] in self.said()
+        return result
 
     def kill(self) -> None:
         """Whatever is left of it."""
