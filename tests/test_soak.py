@@ -86,7 +86,11 @@ def test_the_verdict() -> None:
     }
     soak.memory[-1] = {"seconds": 8, "controller": 53.0}
     soak.lateness.append({"p50": 0.51})
-    assert soak.verdict()["wrong"] == ["the controller grew by 3.0 MB", "lateness rose from 0.1 to 0.51 ms"]
+    grew, later = soak.verdict()["wrong"]
+    assert grew.startswith("the controller grew by 3.0 MB, of which it keeps 0.0")
+    assert later == "lateness rose from 0.1 to 0.51 ms"
+    soak.memory = [row | {"kept": 1.5 * (row["seconds"] == 8)} for row in soak.memory]
+    assert soak.verdict()["wrong"] == [later]  # 1.5 MB of samples are no leak
 
 
 def test_memory_of_a_process_and_its_children() -> None:
