@@ -7,8 +7,7 @@
                 the compiler's paths of the machine that built it
 
 Computing in bfloat16 is out of reach on ONNX Runtime's CPU provider: 1.31 has no MatMul, Add or
-Softmax for it ("NOT_IMPLEMENTED"; a test watches for the day it has). float16 loads, but without
-kernels of its own: it is cast to float32 around every product. The text encoder stays float32 in
+Softmax for it ("NOT_IMPLEMENTED"; a test watches for the day it has). The text encoder stays float32 in
 onnx-int8: it runs once per instruction, so nothing is gained there but error.
 """
 
