@@ -83,13 +83,9 @@ class Soak:
             else {}
         )
         first, last = (self.lateness[i]["p50"] if self.lateness else 0.0 for i in (0, -1))
-        wrong = (
-            [
-                f"the controller grew by {grown['controller']:.1f} MB, of which it keeps {grown.get('kept', 0):.1f} on purpose"
-            ]
-            if grown.get("controller", 0) - grown.get("kept", 0) > MOST_MB
-            else []
-        )
+        more, kept = grown.get("controller", 0.0), grown.get("kept", 0.0)
+        text = f"the controller grew by {more:.1f} MB, of which it keeps {kept:.1f} on purpose"
+        wrong = [text] if more - kept > MOST_MB else []
         wrong += (
             [f"lateness rose from {first} to {last} ms"] if last > max(MOST_TIMES * first, FEW_MS) else []
         )
