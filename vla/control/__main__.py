@@ -1,7 +1,7 @@
 """The controller's process: python -m vla.control [--console=DESCRIPTOR] CONFIG [--a.b=c ...]
 
-scripts/control.py starts it with a console; without one it follows `tasks` and ends by a signal or
-after `seconds`. Imports neither torch nor lerobot; the robot's class may.
+scripts/control.py starts it with a console; without one it follows `tasks` and ends after the last,
+by a signal or after `seconds`. Imports neither torch nor lerobot; the robot's class may.
 """
 
 from __future__ import annotations

@@ -109,14 +109,10 @@ class Controller:
         """Once the arm is at rest. Where it is found then, perhaps pushed, becomes the command."""
         if not self._leaving or not self.limiter.at_rest:
             return
-        fault, stop, self._leaving, self._stop_wanted = (
-            self.state is State.FAULT,
-            self._stop_wanted,
-            False,
-            False,
-        )
+        after = State.STOPPED if self._stop_wanted else State.HOLD
+        self._leaving = self._stop_wanted = False
         self.dialogue.refused, self.limiter.motion, self._not_before = 0, None, now
-        self._go(State.STOPPED if stop else State.HOLD, "reset" if fault else "resumed", now)
+        self._go(after, "reset" if self.state is State.FAULT else "resumed", now)
 
     def restart(self, now: float) -> None:
         """The robot was put somewhere else (a simulated scene): hold, begin a new episode without instruction."""

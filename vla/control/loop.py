@@ -59,7 +59,7 @@ class Loop:
         channel: Channel | None = None, recorder: Recording | None = None,
         tasks: Sequence[str] = (), task_seconds: float = 10.0,
     ) -> None:  # fmt: skip
-        """channel: to a console; None: nobody watches, and only `seconds` or a signal ends the loop.
+        """channel: to a console; None: nobody watches, and `seconds`, a signal or the last of `tasks` ends the loop.
         tasks: followed one after another, task_seconds each, until somebody types another.
         """
         self.controller, self.robot, self.config = controller, robot, config
