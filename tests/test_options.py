@@ -43,6 +43,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "swiglu": {"activation": "swiglu"},
     "dropout": {"dropout": 0.1},
     "sinusoidal positions": {"positions": "sinusoidal"},
+    "min-max normalisation": {"normalization": "min_max"},
+    "quantile normalisation": {"normalization": "quantiles"},
     "history": {"n_obs_steps": 2},
     "camera dropout": {"camera_dropout": 0.5},
     "cross fusion": {"fusion": "cross"},

@@ -152,6 +152,7 @@ class ModelConfig:
     size: str = "small"
     chunk_size: int = 16
     n_obs_steps: int = 1
+    normalization: str = "mean_std"  # of states and actions: mean_std | min_max | quantiles (1 % and 99 %)
     norm: str = "pre"  # pre | post
     positions: str = "learned"  # of action tokens: sinusoidal | learned
     activation: str = "gelu"  # gelu | relu | swiglu
@@ -188,6 +189,7 @@ class ModelConfig:
         for name, value in SIZES[self.size].items():
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, value)
+        one_of("model.normalization", self.normalization, ("mean_std", "min_max", "quantiles"))
         one_of("model.norm", self.norm, ("pre", "post"))
         one_of("model.positions", self.positions, ("sinusoidal", "learned"))
         one_of("model.activation", self.activation, ("gelu", "relu", "swiglu"))

@@ -23,7 +23,7 @@ class StateTokens(nn.Module):
 
     def __init__(self, config: ModelConfig, state_dim: int, statistics: Statistics) -> None:
         super().__init__()
-        self.normalizer = Normalizer(statistics[STATE])
+        self.normalizer = Normalizer(statistics[STATE], config.normalization)
         self.up = nn.Linear(state_dim, config.d_model)
         self.out = nn.Linear(config.d_model, config.d_model)
         steps = config.n_obs_steps

@@ -80,7 +80,7 @@ class VLA(nn.Module):
         self.encoder = FUSIONS[config.fusion](
             config.n_encoder_layers, n_image=n_image, n_state=config.n_obs_steps, attention=attention, **layer
         )
-        self.normalizer = Normalizer(statistics[ACTION])
+        self.normalizer = Normalizer(statistics[ACTION], config.normalization)
         self.actions = DECODINGS[config.decoding](config, self.normalizer)
         self.decoder = Decoder(config.n_decoder_layers, **layer)
         self.head = HEADS[config.head](config, self.normalizer)
