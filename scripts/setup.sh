@@ -29,8 +29,11 @@ apt_install() {
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >"$log" 2>&1
 }
 
+# What LeRobot finds the project by: a distribution of its own; see its pyproject.toml.
+plugin=$root/plugin
+
 # What a complete .venv was made from. The folder is part of it: a venv does not survive a move.
-recipe() { echo "$root" && cat "$root/pyproject.toml" "$root/requirements.lock"; }
+recipe() { echo "$root" && cat "$root/pyproject.toml" "$plugin/pyproject.toml" "$root/requirements.lock"; }
 
 is_complete() {
     [ -f "$stamp" ] && recipe | cmp -s - "$stamp" && "$venv/bin/python" -I -c "" 2>/dev/null
@@ -136,7 +139,8 @@ install_packages() {
     say "installing the packages of requirements.lock (minutes and gigabytes the first time)"
     attempt "uv pip sync" "${uv[@]}" sync -q --python "$venv/bin/python" --require-hashes "$root/requirements.lock"
     # setuptools is among the locked packages, so that nothing unpinned is fetched here either
-    attempt "installing vla" "${uv[@]}" install -q --python "$venv/bin/python" --no-deps --no-build-isolation -e "$root"
+    attempt "installing vla" "${uv[@]}" install -q --python "$venv/bin/python" --no-deps --no-build-isolation \
+        -e "$root" -e "$plugin"
 }
 
 # Also leaves their bytecode behind, which saves every later start seconds.

@@ -152,7 +152,7 @@ class ModelConfig:
     size: str = "small"
     chunk_size: int = 16
     n_obs_steps: int = 1
-    normalization: str = "mean_std"  # of states and actions: mean_std | min_max | quantiles (1 % and 99 %)
+    normalization: str = "mean_std"  # of states and actions: mean_std | min_max | quantiles
     norm: str = "pre"  # pre | post
     positions: str = "learned"  # of action tokens: sinusoidal | learned
     activation: str = "gelu"  # gelu | relu | swiglu
