@@ -59,14 +59,7 @@ def save(
         shutil.rmtree(killed)
     partial.mkdir(parents=True)
     older = checkpoints(folder)
-    (partial / "config.yaml").write_text(dump(job))
-    (partial / "features.json").write_text(json.dumps(dataclasses.asdict(model.features), indent=2))
-    statistics.save(partial / "statistics.json")
-    if older:
-        shutil.copytree(older[-1] / "text", partial / "text", copy_function=_link)
-    else:
-        model.text.save(partial / "text")
-    save_file(_deployed(model, weights, job.model), partial / "model.safetensors")
+    write(partial, job, model, statistics, weights, older[-1] / "text" if older else None)
     save_file({n: t.cpu().contiguous() for n, t in training.items()}, partial / "training.safetensors")
     write_manifest(partial, step)
     for path in [*partial.rglob("*"), partial]:
@@ -80,6 +73,23 @@ def save(
     return final
 
 
+def write(
+    folder: Path, job: Job, model: VLA, statistics: Statistics, weights: dict[str, Tensor], text: Path | None
+) -> None:
+    """Write what a policy needs, all but the manifest, into an empty folder.
+
+    weights: as in `save`; text: where this very text encoder lies already, to be linked from there.
+    """
+    (folder / "config.yaml").write_text(dump(job))
+    (folder / "features.json").write_text(json.dumps(dataclasses.asdict(model.features), indent=2))
+    statistics.save(folder / "statistics.json")
+    if text:
+        shutil.copytree(text, folder / "text", copy_function=_link)
+    else:
+        model.text.save(folder / "text")
+    save_file(_deployed(model, weights, job.model), folder / "model.safetensors")
+
+
 def write_manifest(path: Path, step: int) -> None:
     """Seal a checkpoint's folder: the hash of every file in it, and of what the manifest says itself."""
     seal(path, {"step": step})
@@ -87,7 +97,7 @@ def write_manifest(path: Path, step: int) -> None:
 
 def _link(source: str, target: str) -> None:
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)  # a hub's cache holds symbolic links
     except OSError:  # a file system without hard links
         shutil.copy2(source, target)
 
@@ -116,11 +126,13 @@ def checkpoints(folder: Path) -> list[Path]:
 def find(path: str | Path) -> Path:
     """A checkpoint's folder, given itself, its parent, or a run's output (the newest one there).
 
+    A run may be LeRobot's too, whose steps hold the checkpoint's folder under the name pretrained_model.
     Raises CheckpointError when there is none.
     """
     path = Path(path)
-    if (path / MANIFEST).is_file():
-        return path
+    for folder in (path, path / "pretrained_model", *_of_lerobot(path), *_of_lerobot(path / "checkpoints")):
+        if (folder / MANIFEST).is_file():
+            return folder
     for folder in (path, path / "checkpoints"):
         if found := checkpoints(folder):
             return found[-1]
@@ -130,16 +142,30 @@ def find(path: str | Path) -> Path:
     )
 
 
+def _of_lerobot(folder: Path) -> list[Path]:
+    """Where a run of lerobot-train keeps its checkpoints, the newest first: steps are numbers."""
+    steps = [path for path in folder.glob("*/pretrained_model") if path.parent.name.isdecimal()]
+    return sorted(steps, key=lambda path: int(path.parent.name), reverse=True)
+
+
 def load_model(path: Path) -> tuple[VLA, Job, Statistics]:
     """Rebuild the network with its averaged weights, on the CPU, from this folder alone.
 
     Low-rank adapters are merged: the network has none, and job.model.lora says what it was trained with.
     """
     verify(path)
-    job, features = load_job(path), load_features(path)
-    statistics = Statistics.load(path / "statistics.json")
+    job, statistics = load_job(path), Statistics.load(path / "statistics.json")
     plain = dataclasses.replace(job.model, lora=LoraConfig())
-    model = VLA(plain, features, statistics, text_folder=path / "text")
+    return rebuild(path, job, plain, load_features(path), statistics).eval(), job, statistics
+
+
+def rebuild(path: Path, job: Job, config: ModelConfig, features: Features, statistics: Statistics) -> VLA:
+    """A network with the weights that a checkpoint deploys, on the CPU; `path` is verified already.
+
+    job: the checkpoint's own; config: its network without adapters, or one with the same weights.
+    Raises CheckpointError when the weights are of another network.
+    """
+    model = VLA(config, features, statistics, text_folder=path / "text")
     wanted = {(n, tuple(t.shape)) for n, t in _deployed(model, {}, job.model).items()}
     weights = load_file(path / "model.safetensors")
     got = {(n, tuple(t.shape)) for n, t in weights.items()}
@@ -150,7 +176,7 @@ def load_model(path: Path) -> tuple[VLA, Job, Statistics]:
             "expected: the names and shapes of this version. remedy: load it with the version that wrote it."
         )
     model.load_state_dict(weights, strict=False)
-    return model.eval(), job, statistics
+    return model
 
 
 def load_training(path: Path) -> tuple[int, dict[str, Tensor]]:
