@@ -7,6 +7,7 @@ joints. The physics, the cameras' settings and the predicates are the environmen
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import mujoco
@@ -14,7 +15,7 @@ import numpy as np
 
 from envs import arm
 from envs.scene import SUBSTEPS, TIMESTEP
-from envs.simulated import Simulated
+from envs.simulated import EPSILON, Simulated
 from envs.tabletop import CAMERAS, STATE_DIM, Tabletop, choice
 from vla.control.robot import Reading
 from vla.observation import Features
@@ -69,6 +70,33 @@ class TabletopRobot(Simulated):
     def disconnect(self) -> None:
         self.env.close()
 
+    @property
+    def pose(self) -> tuple[np.ndarray, float, float]:
+        """What is commanded now: the hand's position (3,) in metres, its yaw, the gripper in [-1, 1]."""
+        position, yaw = arm.forward(self.commanded[:7])
+        return position, float(yaw), 2 * float(self.commanded[7]) / arm.OPENING - 1
+
+    def move(self, action: np.ndarray) -> None:
+        """The environment's step: an action (5,) in [-1, 1], spread over the 0.1 s from now on.
+
+        An action before they are over goes on from where the hand has been sent by now: what is left of the
+        earlier one is dropped, so that actions at a higher rate are the same velocity. For those who drive the
+        robot without a controller.
+        """
+        self.catch_up()
+        self._look()
+        now = self._clock()
+        began, start, end = self._motion
+        part = (now - began) * FPS
+        start = start + (end - start) * part if part < 1 - EPSILON else self.commanded
+        hand = self.env.world.hand.astype(np.float32)
+        end = self.target(action, start, Reading({}, {}, hand, start, now))
+        self._motion = now, start, end
+        parts = np.arange(2, SUBSTEPS + 2, 2)[:, None] / SUBSTEPS
+        path = start + (end - start) * parts
+        path[:, 7] = end[7]  # fingers are told at once
+        self.follow(path, 2 * TIMESTEP)
+
     def expert_action(self) -> np.ndarray:
         """(5,) float32: what the expert would do now, for demonstrations and tests. Privileged."""
         self._tell()
@@ -84,6 +112,7 @@ class TabletopRobot(Simulated):
     def _reset(self, seed: int, task: str | None) -> dict[str, Any]:
         _, info = self.env.reset(seed=seed, options={"task": task})
         self._success = self._failure = False
+        self._motion = (-math.inf, np.zeros(8), np.zeros(8))  # of `move`: when it began, from where, to where
         return dict(
             task=info["task"], alternatives=info["alternatives"], limit_s=self.env.limit / FPS, skill=info["skill"]
         )  # fmt: skip

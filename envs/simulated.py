@@ -73,17 +73,31 @@ class Simulated(Robot):
         return answer
 
     def send(self, command: np.ndarray) -> None:
-        command = np.array(command, np.float64)
-        low, high = self.range
-        if command.shape != low.shape or not ((command >= low) & (command <= high)).all():  # False for NaN
-            self._counts["refused"] += 1
-            return
-        self._counts["commands"] += 1
-        self._inbox.append((self._clock(), command))
+        self._receive(command, self._clock())
 
-    def observe(self) -> Reading:
+    def follow(self, path: np.ndarray, dt: float) -> None:
+        """Commands (N, J) that arrive dt seconds apart, the first one now; what is left of an earlier path is
+        dropped. Only for the thread that observes.
+        """
+        now = self._clock()
+        while self._inbox and self._inbox[-1][0] > now:
+            self._inbox.pop()
+        for i, command in enumerate(path):
+            self._receive(command, now + i * dt)
+
+    @property
+    def commanded(self) -> np.ndarray:
+        """(J,) the command that holds now."""
+        due = [command for time, command in self._inbox if time <= self._clock() + EPSILON]
+        return (due or [self._command])[-1]
+
+    def catch_up(self) -> None:
+        """Let physics live through the time up to now, as `observe` does. In lockstep it has already."""
         if self.realtime:
             self._advance(self._clock())
+
+    def observe(self) -> Reading:
+        self.catch_up()
         at = self._origin + self._ticks * self.period
         self._look()
         frame = math.floor((at - self._origin) * self.camera_fps + EPSILON)
@@ -104,6 +118,15 @@ class Simulated(Robot):
 
     def _clock(self) -> float:
         return time.monotonic() if self.realtime else self.now
+
+    def _receive(self, command: np.ndarray, when: float) -> None:
+        command = np.array(command, np.float64)
+        low, high = self.range
+        if command.shape != low.shape or not ((command >= low) & (command <= high)).all():  # False for NaN
+            self._counts["refused"] += 1
+            return
+        self._counts["commands"] += 1
+        self._inbox.append((when, command))
 
     def _advance(self, now: float) -> None:
         behind = now - self._origin - self._ticks * self.period
