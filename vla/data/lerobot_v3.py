@@ -80,6 +80,11 @@ class DatasetFolder:
                 f"{path} is damaged.", f"fps {fps}, {len(features)} features, {unsound} without dtype or shape",
                 "fps and features, each with dtype and shape", "copy or record the dataset again",
             )  # fmt: skip
+        if not float(fps).is_integer():  # LeRobot writes no video at such a rate
+            raise error(
+                f"The dataset in {root} has a fractional rate.", f"fps {fps}", "a whole number of frames a second",
+                "record at one, or round fps in meta/info.json where so small a change of speed does not matter",
+            )  # fmt: skip
         for key in (STATE, ACTION):
             shape = dataset.info["features"].get(key, {}).get("shape")
             if shape is None or len(shape) != 1:
@@ -147,7 +152,8 @@ class DatasetFolder:
                 f"The dataset in {self.root} is incomplete.", f"{len(paths)} files in {folder}/, without {missing}",
                 "parquet files that hold these columns", "copy, convert or record the dataset again",
             )  # fmt: skip
-        return pa.concat_tables(tables)
+        # One writer's lists have a fixed length, another's have not: an episode appended to a merged dataset.
+        return pa.concat_tables([table.cast(tables[0].schema) for table in tables])
 
     @cached_property
     def episodes(self) -> dict[str, np.ndarray]:

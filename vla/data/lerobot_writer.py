@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,18 @@ VIDEO_FILE_MB = 4  # lerobot rewrites the last file for every episode it appends
 SHORTEST = 2  # frames; lerobot 0.6.1 computes no statistics of a video of one frame, and fails later
 
 
-def dataset_features(features: Features) -> dict[str, Any]:
-    """The columns as LeRobotDataset.create takes them."""
+def dataset_features(features: Features, names: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:
+    """The columns as LeRobotDataset.create takes them; names: of the entries of state and action, by key.
+
+    LeRobot's viewer shows names, and lerobot-replay sends actions to a robot by them.
+    """
     columns: dict[str, Any] = {
         IMAGES + name: {"dtype": "video", "shape": (*size, 3), "names": ["height", "width", "channels"]}
         for name, size in features.cameras.items()
     }
     for key, width in ((STATE, features.state_dim), (ACTION, features.action_dim)):
-        columns[key] = {"dtype": "float32", "shape": (width,), "names": None}
+        own = list((names or {}).get(key, ())) or None
+        columns[key] = {"dtype": "float32", "shape": (width,), "names": own}
     return columns
 
 
