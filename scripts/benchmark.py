@@ -1,8 +1,13 @@
-"""Measure this machine: python scripts/benchmark.py attention [--quick]
+"""Measure this machine: python scripts/benchmark.py attention|data [--quick]
 
 attention: one layer of self-attention, projections included, of every kind the encoder offers and of
 the written formula, forward and forward with backward, at growing sequence lengths. Takes ten
-minutes on two cores and up to 12 GB; --quick checks in seconds that everything runs.
+minutes on two cores and up to 12 GB.
+
+data: training batches from the frame store and from LeRobot's reader, of images and videos; see
+benchmark_data.py. Takes twenty minutes on two cores and 1 GB of disk for the time.
+
+--quick checks in seconds that everything runs.
 
 Prints a Markdown table and writes <output>/benchmark_<name>_<machine>.json with every sample taken.
 The candidates take turns in every round, so that what else the machine does falls on all alike.
@@ -195,7 +200,15 @@ def resident(entry: str) -> int:
 
 # --- what there is to measure ------------------------------------------------------------------
 
-BENCHMARKS: dict[str, Callable[[bool], tuple[list[Row], str]]] = {"attention": attention}
+
+def data(quick: bool) -> tuple[list[Row], str]:
+    """Batches from the frame store against LeRobot's reader."""
+    import benchmark_data
+
+    return benchmark_data.data(quick)
+
+
+BENCHMARKS: dict[str, Callable[[bool], tuple[list[Row], str]]] = {"attention": attention, "data": data}
 
 
 def main(name: str, quick: bool, output: Path) -> None:
