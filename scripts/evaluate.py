@@ -1,11 +1,13 @@
 """Evaluate a checkpoint in closed loop.
 
-    python scripts/evaluate.py CHECKPOINT [--evaluate.episodes=20] [--env.id=…]
+    python scripts/evaluate.py CHECKPOINT [CONFIG] [--evaluate.episodes=20] [--env.id=…]
     python scripts/evaluate.py --expert [CONFIG]
 
 CHECKPOINT is a checkpoint's folder, the output folder of a training, or a folder that
 scripts/export.py wrote. Its own job is played, with changes from the command line; evaluation.json,
 videos/ and report.html go to --output, by default the job's own (of an export, evaluation/ in it).
+With CONFIG, a YAML file, the job is that one's, and results go to evaluation/ in the checkpoint's folder.
+Any policy of LeRobot's plays too (a pretrained_model folder, or the output of lerobot-train); it needs a CONFIG.
 `--expert` has the environment's scripted expert play instead, through the same machinery, which checks
 the evaluator and the environment; its results go to <output>/expert.
 """
@@ -17,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vla.checks import require
 from vla.config import Job, load
 from vla.evaluation import Evaluation, evaluate
 from vla.evaluation.report import percent, write_report
@@ -31,10 +34,12 @@ def main(job: Job, checkpoint: Path | None) -> Evaluation:
     if checkpoint is None:
         job = replace(job, output=str(Path(job.output) / "expert"))
     else:
-        from vla.export.load import load_policy
-
-        policy = load_policy(checkpoint, job.evaluate.device)
+        policy = load_policy(checkpoint, job)
         policy.require_cameras(set(policy.features.cameras) - set(job.evaluate.without))
+        require(
+            job.evaluate.ensemble > 0 or job.evaluate.n_action_steps <= policy.chunk_size,
+            "evaluate.n_action_steps", job.evaluate.n_action_steps, f"at most the policy's chunk, {policy.chunk_size}",
+        )  # fmt: skip
         if policy.checkpoint is not None and not metrics.is_file():
             metrics = policy.checkpoint.parent.parent / metrics.name
     folder = Path(job.output)
@@ -44,6 +49,24 @@ def main(job: Job, checkpoint: Path | None) -> Evaluation:
     print(table(data))
     print(f"evaluation: {folder / 'evaluation.json'}\nreport:     {write_report(data, folder, metrics)}")
     return result
+
+
+def load_policy(path: Path, job: Job) -> Any:
+    """Whichever kind of policy the folder holds."""
+    if of_lerobot(path):
+        from vla.lerobot_plugin.adapter import LeRobotPolicy
+
+        return LeRobotPolicy.load(path, job.evaluate.device, job.dataset_root)
+    from vla.export.load import load_policy
+
+    return load_policy(path, job.evaluate.device)
+
+
+def of_lerobot(path: Path) -> bool:
+    """Whether a folder was written by LeRobot for a policy that is not ours: a checkpoint of ours has a manifest."""
+    places = (path, *(path / place / "pretrained_model" for place in ("", "last", "checkpoints/last")))
+    found = next((place for place in places if (place / "config.json").is_file()), None)
+    return found is not None and not (found / "manifest.json").is_file()
 
 
 def table(data: dict[str, Any]) -> str:
@@ -77,16 +100,20 @@ def from_command_line(argv: list[str]) -> tuple[Job, Path | None]:
             load(Job, ["--help"])
         raise SystemExit("evaluate: got no checkpoint, expected its folder first. remedy: see --help.")
     from vla.export.load import is_export
-
-    if is_export(arguments[0]):
-        path = Path(arguments[0])
-        job = load(Job, [f"--output={path / 'evaluation'}", *arguments[1:]], path=path / "config.yaml")
-        return job, None if len(arguments) < len(argv) else path
     from vla.training import checkpoint
 
-    path = checkpoint.find(arguments[0])
-    job = load(Job, arguments[1:], path=path / "config.yaml")
-    return job, None if len(arguments) < len(argv) else path
+    path, rest = Path(arguments[0]), arguments[1:]
+    theirs, expert = of_lerobot(path), len(arguments) < len(argv)
+    if not theirs and not is_export(path):
+        path = checkpoint.find(path)
+    given = bool(rest) and not rest[0].startswith("-")
+    require(
+        given or not theirs, "CONFIG", "none", "a YAML file behind a policy of LeRobot's, which knows no job of ours",
+        "name one, e.g. configs/quickstart.yaml",
+    )  # fmt: skip
+    config = rest.pop(0) if given else path / "config.yaml"
+    output = [f"--output={path / 'evaluation'}"] if given or is_export(path) else []
+    return load(Job, [*output, *rest], path=config), None if expert else path
 
 
 if __name__ == "__main__":

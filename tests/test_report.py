@@ -229,5 +229,5 @@ def test_script_evaluates_a_checkpoint(tmp_path):
     assert data["n_episodes"] == 3
     assert {row["control"] for row in data["episodes"]} == {"standard", "counterfactual", "shuffled", "blank"}
     weights = json.loads((path / "manifest.json").read_text())["sha256"]["model.safetensors"]
-    assert data["checkpoint"] == {"path": "checkpoints/step_00000007", "sha256": weights}
+    assert data["checkpoint"] == {"type": "vla", "path": "checkpoints/step_00000007", "sha256": weights}
     assert len(Page(tmp_path / "run" / "report.html").of("figure")) > 4

@@ -37,6 +37,7 @@ class Evaluation:
     checkpoint: Path | None
     expert: bool
     workers: int
+    policy_type: str = "vla"  # of LeRobot's policies, theirs
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -92,9 +93,9 @@ class Evaluation:
         if self.checkpoint is None:
             return None
         below = self.checkpoint.resolve().is_relative_to(folder.resolve())
-        name = os.path.relpath(self.checkpoint.resolve(), folder.resolve()) if below else self.checkpoint.name
+        name = os.path.relpath(self.checkpoint.resolve(), folder.resolve()) if below else portable(self.checkpoint)
         weights = next((path for file in WEIGHTS if (path := self.checkpoint / file).is_file()), None)
-        return {"path": name, "sha256": sha256(weights) if weights else None}
+        return {"type": self.policy_type, "path": name, "sha256": sha256(weights) if weights else None}
 
 
 def evaluate(policy: ChunkPolicy | None, job: Job, *, progress: bool = True) -> Evaluation:
@@ -142,7 +143,8 @@ def evaluate(policy: ChunkPolicy | None, job: Job, *, progress: bool = True) -> 
         film_failures(rollouts, rows, config.videos // 2)
     rollouts.clock.wall_s = time.perf_counter() - start
     checkpoint = getattr(policy, "checkpoint", None)
-    return Evaluation(rows, rollouts.clock, job, workers.features, checkpoint, policy is None, workers.n)
+    kind = getattr(policy, "type", "vla")
+    return Evaluation(rows, rollouts.clock, job, workers.features, checkpoint, policy is None, workers.n, kind)
 
 
 def remove_films(folder: Path) -> None:
