@@ -93,7 +93,11 @@ class Evaluation:
         if self.checkpoint is None:
             return None
         below = self.checkpoint.resolve().is_relative_to(folder.resolve())
-        name = os.path.relpath(self.checkpoint.resolve(), folder.resolve()) if below else portable(self.checkpoint)
+        name = (
+            os.path.relpath(self.checkpoint.resolve(), folder.resolve())
+            if below
+            else portable(self.checkpoint)
+        )
         weights = next((path for file in WEIGHTS if (path := self.checkpoint / file).is_file()), None)
         return {"type": self.policy_type, "path": name, "sha256": sha256(weights) if weights else None}
 
@@ -144,7 +148,9 @@ def evaluate(policy: ChunkPolicy | None, job: Job, *, progress: bool = True) -> 
     rollouts.clock.wall_s = time.perf_counter() - start
     checkpoint = getattr(policy, "checkpoint", None)
     kind = getattr(policy, "type", "vla")
-    return Evaluation(rows, rollouts.clock, job, workers.features, checkpoint, policy is None, workers.n, kind)
+    return Evaluation(
+        rows, rollouts.clock, job, workers.features, checkpoint, policy is None, workers.n, kind
+    )
 
 
 def remove_films(folder: Path) -> None:
