@@ -54,9 +54,10 @@ class Row:
 class Comparison:
     """What is compared, and where its stages leave their results."""
 
-    base: str  # a job's YAML: its demonstrations, its scenes
+    base: str  # a job's YAML: its scenes
     output: str
     results: str  # the JSON to write
+    data: str = ""  # the demonstrations' folder; empty: the base job's
     budget: float = 340  # seconds
     trial: float = 80  # seconds
     seed: int = 0  # of all training
@@ -115,7 +116,8 @@ class Stages:
 
     def data(self, told: bool) -> Path:
         """A copy of the demonstrations, as they are or with sentences; made when it is not there."""
-        source, target = self.of.job.dataset_root, self.folder / ("told" if told else "plain")
+        source = Path(self.of.data) if self.of.data else self.of.job.dataset_root
+        target = self.folder / ("told" if told else "plain")
         remedy = f"python scripts/record.py {self.of.base}"
         require((source / "meta").is_dir(), "dataset", str(source), "the base job's demonstrations", remedy)
         if not target.exists() and told:

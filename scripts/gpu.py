@@ -39,10 +39,18 @@ STAGES = {
         ("scripts/control.py", "configs/control/tabletop.yaml", "--checkpoint={checkpoint}", "--device=cuda",
          "--trials=100", "--output={state}/control"), 6, ("websockets", "msgspec", "ruckig", "rich", "mujoco"),
     ),
+    "record": Stage(
+        ("scripts/record.py", "configs/tabletop.yaml", "--output={state}/tabletop"), 9, ("lerobot", "mujoco")
+    ),
     "train": Stage(
         ("scripts/train.py", "configs/tabletop.yaml", "--output={state}/tabletop", "--resume"), 25, ("lerobot",)
     ),
     "evaluate": Stage(("scripts/evaluate.py", "{state}/tabletop"), 8, ("lerobot", "mujoco")),
+    "compare": Stage(
+        ("scripts/compare.py", "configs/comparisons/tabletop.yaml", "--data={state}/tabletop/dataset",
+         "--output={state}/comparison", "--results={state}/comparison_tabletop.json"),
+        9, ("lerobot", "mujoco", "diffusers"),
+    ),
 }  # fmt: skip
 
 
