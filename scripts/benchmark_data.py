@@ -28,7 +28,7 @@ STORAGES = {"images": "", "video, AV1": "libsvtav1", "video, H.264": "h264"}  # 
 EPISODE = 100  # frames
 OFTEN = 10  # batches of the store in a turn; one of LeRobot's takes longer than all of them
 WORKERS = 2
-STEADY = 4  # batches of a turn with workers, after one each that fills their queues
+STEADY = 2  # batches of a turn with workers, after one each that fills their queues
 TOLERANCE = {"torchcodec": 2}  # of 255: its conversion to RGB is not PyAV's, with which the store decodes
 
 
@@ -38,11 +38,11 @@ class Size:
 
     pixels: tuple[int, ...] = (128, 224)
     chunks: tuple[int, ...] = (16, 50)
-    batch: int = 64
+    batch: int = 32
     episodes: int = 10
-    rounds: tuple[int, int] = (12, 100)  # at least and at most, as `seconds` allow
-    seconds: float = 30.0  # of turns without workers
-    worker_rounds: int = 5
+    rounds: tuple[int, int] = (8, 60)  # at least and at most, as `seconds` allow
+    seconds: float = 15.0  # of turns without workers
+    worker_rounds: int = 3
 
 
 QUICK = Size(pixels=(64,), chunks=(4,), batch=4, episodes=1, rounds=(2, 2), worker_rounds=1)

@@ -592,9 +592,15 @@ def test_what_is_not_there_or_damaged_is_said(folder: Path, tmp_path: Path) -> N
         VLAPolicy.from_pretrained(folder)
 
 
-def test_gathered_weights_are_refused(tmp_path: Path) -> None:
+def test_gathered_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = toy_policy()
     with pytest.raises(NotImplementedError, match="FSDP.*remedy: train with DDP"):
-        toy_policy().save_pretrained(tmp_path, state_dict={})
+        policy.save_pretrained(tmp_path, state_dict={})
+    monkeypatch.setenv(
+        "ACCELERATE_USE_FSDP", "true"
+    )  # as accelerate launch --use_fsdp does: before the first step
+    with pytest.raises(NotImplementedError, match="FSDP.*remedy: train with DDP"):
+        toy_policy()
 
 
 def test_a_hub_name_brings_every_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,8 +43,9 @@ def state(batch: Keys, size: int, device: torch.device) -> Tensor:
     found = found[:, None] if found.ndim == 2 else found
     fits = found.ndim == 3 and found.shape[2] == size
     require(
-        fits, STATE, tuple(found.shape), f"(B, {size}) or (B, T, {size})", "use the data that belong to it"
-    )
+        fits, STATE, tuple(found.shape), f"(B, {size}) or (B, T, {size})",
+        "use the data, or the arguments of the environment (--env.kwargs), that it was trained with",
+    )  # fmt: skip
     return found
 
 

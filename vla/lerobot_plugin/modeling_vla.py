@@ -10,6 +10,7 @@ itself. The averaged weights act (evaluation mode), the live ones learn (trainin
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections import deque
 from dataclasses import replace
@@ -61,6 +62,8 @@ class VLAPolicy(PreTrainedPolicy):
         dataset_meta: Any = None,
         folder: Path | None = None,
     ) -> None:
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # LeRobot would tell at the first save
+            raise pretrained.sharded()
         super().__init__(config)
         saved = None if folder is None else checkpoint.load_features(folder)
         features = config.features(int(getattr(dataset_meta, "fps", saved.fps if saved else 0)))
@@ -123,10 +126,7 @@ class VLAPolicy(PreTrainedPolicy):
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the folder described in pretrained.py, all but what LeRobot adds itself."""
         if state_dict is not None:
-            raise NotImplementedError(
-                "policy: got the gathered weights of FSDP, expected whole ones on every process. "
-                "remedy: train with DDP, accelerate's default for several processes."
-            )
+            raise pretrained.sharded()
         self.config._save_pretrained(save_directory)
         part = save_directory / ".partial"
         shutil.rmtree(part, ignore_errors=True)

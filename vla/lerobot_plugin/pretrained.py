@@ -161,3 +161,11 @@ def warn_of_another_rate(features: Features, saved: Features) -> None:
         logging.warning(
             f"fps: got {features.fps}, the weights were trained at {saved.fps}: actions mean another motion"
         )
+
+
+def sharded() -> NotImplementedError:
+    """FSDP gathers weights for LeRobot's checkpoints, but not the average, which is what acts."""
+    return NotImplementedError(
+        "policy: got weights that FSDP shards, expected whole ones on every process. "
+        "remedy: train with DDP, accelerate's default for several processes."
+    )
