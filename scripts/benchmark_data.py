@@ -2,7 +2,7 @@
 
 The same recorded frames of the tabletop, stored as images (PNG in parquet), as LeRobot's default video (AV1) and
 as this project's (H.264), are read at random in batches, each with chunks of actions: by the frame store, and by
-LeRobotDataset through torch's DataLoader with the settings of LeRobot's trainer, without workers and with two. Every
+LeRobotDataset through torch's DataLoader, as LeRobot's trainer reads, without workers and with two. Every
 process computes on one thread, as workers do. The items of a batch are compared in the same run, and one that differs
 ends it without a number.
 """
@@ -74,7 +74,7 @@ def measure(root: Path, what: Row, size: Size) -> list[Row]:
     speed = {"seconds": built, "frames": len(store), "frames_per_s": len(store) / built}
     rows = [{"name": "building the store"} | what | speed]
     decoders = ["PIL"] if what["storage"] == "images" else available_decoders()
-    peer = f"{PEER}, {decoders[0]}"
+    peer = f"{PEER}, {decoders[-1]}"  # torchcodec where it loads, which is what LeRobot takes then
     datasets = {
         chunk: {decoder: lerobot_reader(root, decoder, chunk, store.fps) for decoder in decoders}
         for chunk in size.chunks

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -70,12 +70,8 @@ class Comparison:
         for name in self.only:
             require(name in self.rows, "only", name, f"some of {', '.join(self.rows)}")
         for name, row in self.rows.items():
-            require(
-                not row.like or row.like in self.rows,
-                f"rows.{name}.like",
-                row.like,
-                "the name of another row",
-            )
+            known = not row.like or row.like in self.rows
+            require(known, f"rows.{name}.like", row.like, "the name of another row")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -104,15 +100,29 @@ class Stages:
     def __init__(self, comparison: Comparison) -> None:
         self.of, self.folder = comparison, Path(comparison.output)
 
-    def once(self, name: str, make: Callable[[], Any]) -> Any:
-        path = self.folder / f"{name}.json"
+    def once(self, row: str, stage: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns, or returned when it was called with the same configuration."""
+        path, used = self.folder / row / f"{stage}.json", self.used(row)
         if not path.is_file():
             value = make()
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(value, indent=1) + "\n")
+            partial.write_text(json.dumps({"configuration": used, "value": value}, indent=1) + "\n")
             partial.replace(path)
-        return json.loads(path.read_text())
+        kept = json.loads(path.read_text())
+        changed = [name for name in used if used[name] != kept["configuration"].get(name)]
+        require(
+            not changed, ", ".join(changed), [used[name] for name in changed],
+            f"{[kept['configuration'].get(name) for name in changed]}, as {path} was made with",
+            f"choose another output, or remove {path.parent}",
+        )  # fmt: skip
+        return kept["value"]
+
+    def used(self, row: str) -> dict[str, Any]:
+        """What the results of a row depend on, as JSON holds it."""
+        names = ("base", "data", "seed", "trial", "common")
+        used = {name: getattr(self.of, name) for name in names} | {"row": asdict(self.of.rows[row])}
+        return json.loads(json.dumps(used))
 
     def data(self, told: bool) -> Path:
         """A copy of the demonstrations, as they are or with sentences; made when it is not there."""
@@ -143,10 +153,8 @@ class Stages:
             flags |= {"dataset.repo_id": f"local/{data.name}", "dataset.root": data, "output_dir": output,
                       "steps": steps, "save_freq": 0}  # fmt: skip
             program = ["lerobot-train"]
-        return [
-            *program,
-            *(f"--{key}={text(value)}" for key, value in (flags | {"seed": self.of.seed} | more).items()),
-        ]
+        flags |= {"seed": self.of.seed} | more
+        return program + [f"--{key}={text(value)}" for key, value in flags.items()]
 
     def run(self, command: list[str], output: Path) -> tuple[float, str]:
         """Wall seconds, and what was printed. Raises RuntimeError with its last line when the command fails."""
@@ -168,7 +176,7 @@ class Stages:
     def pace(self, name: str, choice: dict[str, Any]) -> Pace:
         """From a short run."""
         output, theirs = self.folder / name / "pace", bool(self.of.rows[name].flags)
-        steps = max(8, 512 // self.batch_size(name, choice)) if theirs else 400
+        steps = max(24, 512 // self.batch_size(name, choice)) if theirs else 400
         more = {"log_freq": steps // 4, "save_checkpoint": False} if theirs else {"train.log_every": 100}
         wall, printed = self.run(self.command(name, choice, steps, output, **more), output)
         if theirs:
@@ -187,12 +195,8 @@ class Stages:
         tried, row = [], self.of.rows[name]
         for number, choice in enumerate(row.tries):
             steps, output = self.pace(name, choice).steps(self.of.trial), self.folder / name / f"try_{number}"
-            more = {
-                "dataset.eval_split": 0.02,
-                "eval_steps": steps,
-                "max_eval_samples": 512,
-                "save_checkpoint": False,
-            }
+            more = {"dataset.eval_split": 0.02, "eval_steps": steps, "max_eval_samples": 512,
+                    "save_checkpoint": False}  # fmt: skip
             wall, printed = self.run(self.command(name, choice, steps, output, **more), output)
             loss: float | None = float(re.findall(r"eval_loss=(\S+)", printed)[-1])
             loss = loss if math.isfinite(loss) else None  # JSON knows no NaN
@@ -205,13 +209,11 @@ class Stages:
 
     def train(self, name: str) -> dict[str, Any]:
         chooser = self.of.rows[name].like or name
-        choice = self.once(f"{chooser}/choice", lambda: self.choose(chooser))
-        pace = Pace(**self.once(f"{name}/pace", lambda: vars(self.pace(name, choice["flags"]))))
+        choice = self.once(chooser, "choice", lambda: self.choose(chooser))
+        pace = Pace(**self.once(name, "pace", lambda: vars(self.pace(name, choice["flags"]))))
         steps, output = pace.steps(self.of.budget), self.folder / name / f"{self.of.budget:g}s"
-        command, batch = (
-            self.command(name, choice["flags"], steps, output),
-            self.batch_size(name, choice["flags"]),
-        )
+        command = self.command(name, choice["flags"], steps, output)
+        batch = self.batch_size(name, choice["flags"])
         wall, _ = self.run(command, output)
         return {"command": shlex.join(command), "wall_s": wall, "steps": steps, "batch_size": batch,
                 "samples": steps * batch, "pace": vars(pace), "tried": choice["tried"],
@@ -227,8 +229,8 @@ class Stages:
 
     def row(self, name: str) -> dict[str, Any]:
         """Everything about a row but the time of its answers."""
-        trained = self.once(f"{name}/{self.of.budget:g}s_train", lambda: self.train(name))
-        played = self.once(f"{name}/{self.of.budget:g}s_play", lambda: self.play(name, trained["checkpoint"]))
+        trained = self.once(name, f"{self.of.budget:g}s_train", lambda: self.train(name))
+        played = self.once(name, f"{self.of.budget:g}s_play", lambda: self.play(name, trained["checkpoint"]))
         return {"name": name, "title": self.of.rows[name].title, "train": trained, "evaluate": played}
 
     def batch_size(self, name: str, choice: dict[str, Any]) -> int:

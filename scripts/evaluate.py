@@ -6,8 +6,9 @@
 CHECKPOINT is a checkpoint's folder, the output folder of a training, or a folder that
 scripts/export.py wrote. Its own job is played, with changes from the command line; evaluation.json,
 videos/ and report.html go to --output, by default the job's own (of an export, evaluation/ in it).
-With CONFIG, a YAML file, the job is that one's, and results go to evaluation/ in the checkpoint's folder.
-Any policy of LeRobot's plays too (a pretrained_model folder, or the output of lerobot-train); it needs a CONFIG.
+With CONFIG, a YAML file, the job is that one's, and results go to evaluation/ in the folder that was named. What
+lerobot-train wrote plays too, ours or any policy of LeRobot's (its output, or a folder pretrained_model, beside which
+evaluation/ lies then); it needs a CONFIG.
 `--expert` has the environment's scripted expert play instead, through the same machinery, which checks
 the evaluator and the environment; its results go to <output>/expert.
 """
@@ -64,8 +65,13 @@ def load_policy(path: Path, job: Job) -> Any:
 
 def of_lerobot(path: Path) -> bool:
     """Whether a folder was written by LeRobot for a policy that is not ours: a checkpoint of ours has a manifest."""
-    places = (path, *(path / place / "pretrained_model" for place in ("", "last", "checkpoints/last")))
-    found = next((place for place in places if (place / "config.json").is_file()), None)
+    from vla.export.load import is_export
+
+    if is_export(path):
+        return False
+    from vla.training.checkpoint import pretrained_folders
+
+    found = next((place for place in pretrained_folders(path) if (place / "config.json").is_file()), None)
     return found is not None and not (found / "manifest.json").is_file()
 
 
@@ -103,16 +109,18 @@ def from_command_line(argv: list[str]) -> tuple[Job, Path | None]:
     from vla.training import checkpoint
 
     path, rest = Path(arguments[0]), arguments[1:]
+    home = path.parent if path.name == "pretrained_model" else path  # a folder that people upload as it is
     theirs, expert = of_lerobot(path), len(arguments) < len(argv)
     if not theirs and not is_export(path):
         path = checkpoint.find(path)
     given = bool(rest) and not rest[0].startswith("-")
     require(
-        given or not theirs, "CONFIG", "none", "a YAML file behind a policy of LeRobot's, which knows no job of ours",
+        given or not (theirs or (path / "train_config.json").is_file()), "CONFIG", "none",
+        "a YAML file behind what lerobot-train wrote, which knows no job of ours",
         "name one, e.g. configs/quickstart.yaml",
     )  # fmt: skip
     config = rest.pop(0) if given else path / "config.yaml"
-    output = [f"--output={path / 'evaluation'}"] if given or is_export(path) else []
+    output = [f"--output={home / 'evaluation'}"] if given or is_export(path) else []
     return load(Job, [*output, *rest], path=config), None if expert else path
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -86,12 +87,19 @@ def run(name: str, stage: Stage, seconds: float, state: Path, checkpoint: str) -
     environment = {"MUJOCO_GL": "egl"} | os.environ | {"PYTHONPATH": str(ROOT)}
     start = time.monotonic()
     with open(state / f"{name}.log", "a") as log:
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
         try:
-            command = [sys.executable, *words]
-            code = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=seconds, check=False
-            ).returncode
+            code = process.wait(seconds)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with what it started
+            process.wait()
             code = None
     took = time.monotonic() - start
     print(

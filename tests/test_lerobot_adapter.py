@@ -135,6 +135,14 @@ def test_actions_are_those_of_lerobots_own_loop(
     assert np.ptp(expected, axis=0).max() > 1e-3  # the observations count
 
 
+def test_a_policy_plays_in_the_precision_it_was_given(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As lerobot-eval does it: bf16 differs from float32, by rounding."""
+    half = LeRobotPolicy.load(edited(folders["act"], tmp_path / "policy", use_amp=True), "cpu")
+    full = LeRobotPolicy.load(folders["act"], "cpu")
+    difference = np.abs(half.predict_chunk(*observe(1), TASKS) - full.predict_chunk(*observe(1), TASKS))
+    assert 0 < difference.max() < 0.2
+
+
 def test_what_the_policy_says_of_itself(policies: dict[str, LeRobotPolicy]) -> None:
     for kind, policy in policies.items():
         assert (policy.type, policy.chunk_size) == (kind, H)
@@ -200,6 +208,7 @@ def feature(kind: str, *shape: int) -> dict[str, Any]:
     [
         ({"type": "vla"}, "config.json: type: got 'vla', expected vla beside a manifest.json"),
         ({"type": "crystal"}, "config.json: type: got 'crystal', expected .*act"),
+        ({"a_field_of_tomorrow": 1}, "config.json: got .*a_field_of_tomorrow.*expected fields of lerobot 0.6.1"),
         ({"dim_model": 32}, "model.safetensors: got .*size mismatch.*of type act"),
         ({"input_features": {STATE: feature("STATE", P), ENVIRONMENT: feature("ENV", WIDTH)}},
          "config.json: input_features: got 'no camera'"),
@@ -234,6 +243,10 @@ def test_damaged_and_lonely_folders_are_refused(folders: dict[str, Path], tmp_pa
     weights = load_file(lonely / "model.safetensors")
     save_file(dict(list(weights.items())[1:]), lonely / "model.safetensors")
     with pytest.raises(ConfigError, match="Missing key"):  # LeRobot alone would go on with random numbers
+        LeRobotPolicy.load(lonely, "cpu", folders["act"].parent / "dataset")
+    (lonely / "policy_preprocessor.json").unlink()
+    save_file(weights, lonely / "model.safetensors")
+    with pytest.raises(ConfigError, match="processors: got .*expected policy_preprocessor.json"):
         LeRobotPolicy.load(lonely, "cpu", folders["act"].parent / "dataset")
     (lonely / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="without model.safetensors"):
@@ -312,7 +325,7 @@ def test_the_command_line_of_the_evaluator(folders: dict[str, Path], tmp_path: P
     evaluate, folder = load_script("evaluate"), folders["act"]
     job, path = evaluate.from_command_line([str(folder), "configs/quickstart.yaml", "--evaluate.episodes=7"])
     assert (path, job.evaluate.episodes) == (folder, 7)
-    assert Path(job.output) == folder / "evaluation"
+    assert Path(job.output) == folder.parent / "evaluation"  # not among what is uploaded
     job, _ = evaluate.from_command_line([str(folder), "configs/quickstart.yaml", f"--output={tmp_path}"])
     assert Path(job.output) == tmp_path
     with pytest.raises(ConfigError, match="CONFIG: got 'none', expected a YAML file"):
@@ -364,6 +377,8 @@ def test_a_comparison_chooses_once_and_spends_the_budget(tmp_path: Path) -> None
     told = Dry(setup).train("act")
     assert len(calls) == 8  # the choice is there already
     assert "--policy.x=null" in told["command"]
+    with pytest.raises(ConfigError, match=r"seed: got \[1\], expected \[0\], as .* was made with"):
+        Dry(replace(setup, seed=1)).train("act")  # which would show the other seed's numbers
 
 
 def test_the_table_of_a_comparison(tmp_path: Path) -> None:

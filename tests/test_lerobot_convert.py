@@ -46,11 +46,26 @@ def test_there_and_back_no_output_changes(run: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(policy.predict_action_chunk(batch).numpy(), expected)
     assert policy.config.n_action_steps == 2  # of the job
     kept = {name: content for name, content in files(source).items() if name.startswith(convert.DEPLOYED)}
-    assert files(back).keys() == {*kept, "manifest.json"}
+    assert files(back).keys() == {*kept, "manifest.json", "config.json"}
     for folder in (there, back):
         assert kept.items() <= files(folder).items()
         assert checkpoint.read_manifest(folder)["step"] == 4
         checkpoint.verify(folder)
+
+
+def test_lerobots_own_names_come_back(tmp_path: Path) -> None:
+    """Of cameras, which are shorter here, and on the hub."""
+    policy = toy_policy()
+    policy.config.input_features = {
+        key.replace("images.front", "image"): feature
+        for key, feature in (policy.config.input_features or {}).items()
+    }
+    policy.config.repo_id = "somebody/their_policy"
+    policy.save_pretrained(tmp_path / "first")
+    convert.from_lerobot(tmp_path / "first", tmp_path / "ours")
+    again = VLAPolicy.from_pretrained(convert.to_lerobot(tmp_path / "ours", tmp_path / "second"))
+    assert sorted(again.config.image_features) == ["observation.image"]
+    assert again.config.repo_id == "somebody/their_policy"
 
 
 def test_lerobots_commands_take_it(run: Path, tmp_path: Path) -> None:

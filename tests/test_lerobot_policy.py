@@ -592,6 +592,22 @@ def test_what_is_not_there_or_damaged_is_said(folder: Path, tmp_path: Path) -> N
         VLAPolicy.from_pretrained(folder)
 
 
+def test_another_run_counts_from_zero() -> None:
+    """As --config_path=train_config.json without --resume begins it."""
+    assert toy_policy(updates=500).config.updates == 0
+
+
+def test_a_state_of_another_length_is_named(folder: Path) -> None:
+    class Meta:
+        features = {"observation.state": {"shape": (9,)}}
+        fps = 10
+
+    with pytest.raises(
+        ConfigError, match=r"policy.input_features.observation.state: got \(9,\), expected shape"
+    ):
+        VLAPolicy.from_pretrained(folder, dataset_stats=toy_stats(), dataset_meta=Meta())
+
+
 def test_gathered_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = toy_policy()
     with pytest.raises(NotImplementedError, match="FSDP.*remedy: train with DDP"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,7 @@ def test_two_steps_and_two_more_are_four(run: Path, dataset: Path) -> None:
         return {f"{n}/{k}": t for n in names for k, t in load_file(step / f"{n}.safetensors").items()}
 
     expected = state()
+    shutil.rmtree(run / "checkpoints" / "000004")
     config = run / "checkpoints" / "000002" / "pretrained_model" / "train_config.json"
     lerobot_train(dataset, run, f"--config_path={config}", "--resume=true")
     got = state()

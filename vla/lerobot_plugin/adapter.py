@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from vla.device import resolve_device
 from vla.inputs import Inputs
 from vla.lerobot_plugin.told import ENVIRONMENT, WIDTH, Sentences
 from vla.observation import ACTION, IMAGES, STATE, TASK, Features
+from vla.training.checkpoint import pretrained_folders
 
 CONFIG, WEIGHTS, TRAINING = "config.json", "model.safetensors", "train_config.json"
-PLACES = ("", "pretrained_model", "last/pretrained_model", "checkpoints/last/pretrained_model")
 
 
 class LeRobotPolicy:
@@ -52,8 +53,10 @@ class LeRobotPolicy:
         """
         folder = find(path)
         kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("type")
+        from draccus.utils import DraccusException
         from lerobot.configs import PreTrainedConfig
         from lerobot.policies import get_policy_class, make_pre_post_processors
+        from lerobot.processor.pipeline import ProcessorMigrationError
         from lerobot.utils.import_utils import register_third_party_plugins
 
         if kind not in PreTrainedConfig.get_known_choices():
@@ -64,7 +67,12 @@ class LeRobotPolicy:
             "vla beside a manifest.json, or one of " + ", ".join(name for name in known if name != "vla"),
             "copy the whole folder, or install the plugin that this policy came with",
         )  # fmt: skip
-        config = PreTrainedConfig.from_pretrained(folder, local_files_only=True)
+        try:
+            config = PreTrainedConfig.from_pretrained(folder, local_files_only=True)
+        except (DraccusException, TypeError) as error:  # of another version of lerobot
+            got = " ".join(str(error).split())[:300]
+            raise ConfigError(CONFIG, got, f"fields of lerobot {version('lerobot')}", "load it with the version that "
+                              "wrote it") from error  # fmt: skip
         config.device = str(resolve_device(device))
         if hasattr(config, "pretrained_backbone_weights"):  # would be downloaded, then overwritten
             config.pretrained_backbone_weights = None  # pyright: ignore[reportAttributeAccessIssue]
@@ -81,9 +89,16 @@ class LeRobotPolicy:
                 field, got, expected, "copy the whole folder again, or do what it says"
             ) from error
         device_step = {"device_processor": {"device": config.device}}
-        before, after = make_pre_post_processors(
-            config, pretrained_path=str(folder), preprocessor_overrides=device_step
-        )
+        try:
+            before, after = make_pre_post_processors(
+                config, pretrained_path=str(folder), preprocessor_overrides=device_step
+            )
+        except (ProcessorMigrationError, OSError, ValueError) as error:
+            got = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                "processors", got, "policy_preprocessor.json and policy_postprocessor.json beside the weights",
+                "copy the whole folder, or migrate it with lerobot",
+            ) from error  # fmt: skip
         return cls(network, before, after, features, folder)
 
     @property
@@ -124,7 +139,9 @@ class LeRobotPolicy:
     def _chunk(self, batch: dict[str, Any]) -> Tensor:
         self.network.reset()  # nothing of the call before
         cuda = [torch.cuda.current_device()] if self.network.config.device.startswith("cuda") else []
-        with torch.random.fork_rng(devices=cuda):
+        config = self.network.config
+        amp = torch.autocast(torch.device(config.device).type, enabled=config.use_amp)  # as lerobot-eval does
+        with torch.random.fork_rng(devices=cuda), amp:
             torch.manual_seed(self.calls)
             chunk = self.network.predict_action_chunk(self.before(batch))
         self.calls += 1
@@ -138,7 +155,7 @@ class LeRobotPolicy:
         try:
             shape = self.predict_chunk(images, np.zeros((1, t, f.state_dim), np.float32), [""]).shape
             got = f"{self.type!r}, which answers with shape {shape}"
-        except (RuntimeError, KeyError, IndexError, NotImplementedError) as error:
+        except (RuntimeError, LookupError, TypeError, AttributeError) as error:
             got = f"{self.type!r}, which raises {type(error).__name__}: {error}"
         if len(shape) != 3 or shape[::2] != (1, f.action_dim):
             expected = f"a policy whose predict_action_chunk turns one batch into (1, H, {f.action_dim})"
@@ -152,8 +169,8 @@ def find(path: str | Path) -> Path:
 
     Raises ConfigError when there is none.
     """
-    for place in PLACES:
-        if ((folder := Path(path) / place) / CONFIG).is_file():
+    for folder in pretrained_folders(Path(path)):
+        if (folder / CONFIG).is_file():
             require(
                 (folder / WEIGHTS).is_file(), "checkpoint", f"{folder} without {WEIGHTS}", "the policy's weights",
                 "merge adapters into their base first, or copy the whole folder",

@@ -179,12 +179,10 @@ class VLAConfig(Network, PreTrainedConfig):
             f"at least one '{IMAGES}<camera>' of 3 channels",
             "use a dataset with a colour camera",
         )  # fmt: skip
+        colliding = [key for key in left if self.image_features[key].shape[0] == 3]
+        require(not colliding, "policy.input_features", colliding, "cameras of different names", "rename one")
         if left:
             logging.warning(f"policy.input_features: {left} are not read, they have no 3 channels")
-            colliding = [key for key in left if self.image_features[key].shape[0] == 3]
-            require(
-                not colliding, "policy.input_features", colliding, "cameras of different names", "rename one"
-            )
         for what, feature, keys in (
             (STATE, self.robot_state_feature, inputs),
             (ACTION, self.action_feature, outputs),

@@ -17,6 +17,7 @@ from vla.lerobot_plugin.processor_vla import make_vla_pre_post_processors
 from vla.training import checkpoint
 
 # Of a checkpoint what a policy needs; what else it holds is for going on with its training.
+CONFIG = "config.json"  # LeRobot's, which a checkpoint that comes from there keeps for the way back
 DEPLOYED = ("config.yaml", "features.json", "statistics.json", "model.safetensors", "text")
 
 
@@ -27,7 +28,10 @@ def to_lerobot(source: Path, folder: Path) -> Path:
     """
 
     def configure(partial: Path) -> None:
-        config = VLAConfig.of(checkpoint.load_job(source), checkpoint.load_features(source), device="cpu")
+        if (source / CONFIG).is_file():  # it comes from there: its own names of cameras, its hub name
+            config = pretrained.read_config(source)
+        else:
+            config = VLAConfig.of(checkpoint.load_job(source), checkpoint.load_features(source), device="cpu")
         for pipeline in make_vla_pre_post_processors(config):
             pipeline.save_pretrained(partial)
         config.device = None  # the best one of the machine that loads it
@@ -42,10 +46,10 @@ def from_lerobot(source: Path, folder: Path) -> Path:
     Raises like `to_lerobot`, and FileNotFoundError or ConfigError when `source` is of another policy.
     """
     pretrained.read_config(source)
-    return _write(source, folder, lambda partial: None)
+    return _write(source, folder, lambda partial: shutil.copy2(source / CONFIG, partial))
 
 
-def _write(source: Path, folder: Path, add: Callable[[Path], None]) -> Path:
+def _write(source: Path, folder: Path, add: Callable[[Path], object]) -> Path:
     """The deployed files of `source`, sealed, and what `add` writes beside them; all of it or nothing."""
     require(
         not folder.exists(), "folder", str(folder), "a folder that does not exist yet", "choose another name"

@@ -65,11 +65,14 @@ class VLAPolicy(PreTrainedPolicy):
         if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # LeRobot would tell at the first save
             raise pretrained.sharded()
         super().__init__(config)
+        if folder is None:
+            config.updates = 0  # a run's train_config.json may begin another run
         saved = None if folder is None else checkpoint.load_features(folder)
         features = config.features(int(getattr(dataset_meta, "fps", saved.fps if saved else 0)))
         if saved and folder:
             self.statistics = Statistics.load(folder / "statistics.json")
             pretrained.warn_of_another_rate(features, saved)
+            pretrained.require_sizes(dataset_meta, saved)
         if dataset_stats or not saved:
             self.statistics = pretrained.statistics_of(dataset_stats, config.architecture, features)
         self.text_folder: Path | None = None  # where this text encoder lies as files
@@ -93,7 +96,7 @@ class VLAPolicy(PreTrainedPolicy):
         job = checkpoint.load_job(folder)
         tuned = not job.model.text.frozen or is_adapted(job.model, "text")
         self.text_folder = None if tuned else folder / "text"
-        init = job.train.init or (str(folder) if self.config.image.frozen else "")
+        init = job.train.init or (folder.name if self.config.image.frozen else "")
         self.base = self.config.job(replace(job, train=replace(job.train, init=init)))
         self.model = checkpoint.rebuild(folder, job, self.base.model, features, self.statistics)
 

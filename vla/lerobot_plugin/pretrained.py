@@ -159,8 +159,21 @@ def instructions(dataset_meta: Any) -> Sequence[str] | None:
 def warn_of_another_rate(features: Features, saved: Features) -> None:
     if features.fps != saved.fps:
         logging.warning(
-            f"fps: got {features.fps}, the weights were trained at {saved.fps}: actions mean another motion"
+            f"fps: got {features.fps}, expected {saved.fps}, at which the weights were trained: an action of one "
+            "rate means another motion at the other. remedy: train long enough for it to learn that, or use data "
+            "of its rate."
         )
+
+
+def require_sizes(dataset_meta: Any, saved: Features) -> None:
+    """Raise ConfigError unless a dataset's state is as long as the weights know it. LeRobot compares cameras alone."""
+    if dataset_meta is None:
+        return
+    got = tuple(dataset_meta.features[STATE]["shape"]) if STATE in dataset_meta.features else None
+    require(
+        got == (saved.state_dim,), f"policy.input_features.{STATE}", got,
+        f"shape {(saved.state_dim,)}, as the weights have it", "use data and checkpoint that belong together",
+    )  # fmt: skip
 
 
 def sharded() -> NotImplementedError:

@@ -35,7 +35,8 @@ from vla.observation import Features
 
 __all__ = [
     "MANIFEST", "CheckpointError", "checkpoints", "find", "load_features", "load_job", "load_model",
-    "load_training", "read_manifest", "require_features", "require_same", "save", "verify", "write_manifest",
+    "load_training", "pretrained_folders", "read_manifest", "require_features", "require_same", "save", "verify",
+    "write_manifest",
 ]  # fmt: skip
 
 # What decides how training goes on, beside the model, the data and the seed.
@@ -130,16 +131,21 @@ def find(path: str | Path) -> Path:
     Raises CheckpointError when there is none.
     """
     path = Path(path)
-    for folder in (path, path / "pretrained_model", *_of_lerobot(path), *_of_lerobot(path / "checkpoints")):
+    for folder in pretrained_folders(path):
         if (folder / MANIFEST).is_file():
             return folder
     for folder in (path, path / "checkpoints"):
         if found := checkpoints(folder):
             return found[-1]
     raise CheckpointError(
-        f"checkpoint: got {str(path)!r}, expected a folder with {MANIFEST}, or one with "
-        "checkpoints/step_* in it. remedy: train first (scripts/train.py), or correct the path."
+        f"checkpoint: got {str(path)!r}, expected a folder with {MANIFEST}, or one with checkpoints/step_* in it, or "
+        "of lerobot-train with --policy.type=vla. remedy: train first (scripts/train.py), or correct the path."
     )
+
+
+def pretrained_folders(path: Path) -> list[Path]:
+    """The folder itself, and where LeRobot's layout would have the policy of a step or of a run, the newest first."""
+    return [path, path / "pretrained_model", *_of_lerobot(path), *_of_lerobot(path / "checkpoints")]
 
 
 def _of_lerobot(folder: Path) -> list[Path]:
