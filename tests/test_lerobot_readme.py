@@ -15,7 +15,7 @@ from vla.policy import Policy
 
 ROOT = Path(__file__).parent.parent
 SHORTER = {
-    "--steps=2000": "--steps=2",
+    "--steps=500": "--steps=2",
     "--batch_size=64": "--batch_size=4",
     "--eval.n_episodes=100": "--eval.n_episodes=2",
     "--eval.batch_size=10": "--eval.batch_size=2",
