@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from load_script import load_script
-from toy_lerobot import VLAPolicy, ours, toy_batch, toy_policy
+from toy_lerobot import VLAPolicy, ours, toy_batch, toy_config, toy_policy, toy_stats
 from toy_run import toy_job, toy_model, toy_store
 
 from vla.checks import ConfigError
@@ -55,13 +55,12 @@ def test_there_and_back_no_output_changes(run: Path, tmp_path: Path) -> None:
 
 def test_lerobots_own_names_come_back(tmp_path: Path) -> None:
     """Of cameras, which are shorter here, and on the hub."""
-    policy = toy_policy()
-    policy.config.input_features = {
+    config = toy_config(repo_id="somebody/their_policy")
+    config.input_features = {
         key.replace("images.front", "image"): feature
-        for key, feature in (policy.config.input_features or {}).items()
+        for key, feature in (config.input_features or {}).items()
     }
-    policy.config.repo_id = "somebody/their_policy"
-    policy.save_pretrained(tmp_path / "first")
+    VLAPolicy(config, dataset_stats=toy_stats()).save_pretrained(tmp_path / "first")
     convert.from_lerobot(tmp_path / "first", tmp_path / "ours")
     again = VLAPolicy.from_pretrained(convert.to_lerobot(tmp_path / "ours", tmp_path / "second"))
     assert sorted(again.config.image_features) == ["observation.image"]
