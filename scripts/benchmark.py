@@ -5,7 +5,7 @@ the written formula, forward and forward with backward, at growing sequence leng
 minutes on two cores and up to 12 GB.
 
 data: training batches from the frame store and from LeRobot's reader, of images and videos; see
-benchmark_data.py. Takes twenty minutes on two cores and 1 GB of disk for the time.
+benchmark_data.py. Takes six minutes on two cores.
 
 --quick checks in seconds that everything runs.
 
