@@ -20,10 +20,14 @@ from vla.observation import ACTION, IMAGES, IS_SUCCESS, STATE, TASK
 
 CAMERAS = ("front", "wrist")
 STATE_DIM = 11
-# The entries of action and state by names of LeRobot's kind, and those of the state that `commanded` is about.
+# The entries of the action by names of LeRobot's kind.
 ACTION_NAMES = ("x.vel", "y.vel", "z.vel", "yaw.vel", "gripper.pos")
-POSE_NAMES = ("x.pos", "y.pos", "z.pos", "sin_yaw.pos", "cos_yaw.pos", "fingers.pos")
-LAG_NAMES = ("lag_x.pos", "lag_y.pos", "lag_z.pos", "lag_yaw.pos")
+
+
+def state_names(commanded: bool) -> tuple[str, ...]:
+    """The entries of the state likewise; commanded: as the environment takes it."""
+    lag = ("lag_x.pos", "lag_y.pos", "lag_z.pos", "lag_yaw.pos") if commanded else ()
+    return ("x.pos", "y.pos", "z.pos", "sin_yaw.pos", "cos_yaw.pos", "fingers.pos", *lag, "gripper.pos")
 
 
 def choice(name: str, got: Any, allowed: Sequence[str]) -> tuple[str, ...]:
@@ -108,8 +112,7 @@ class Tabletop(gym.Env[dict[str, Any], np.ndarray]):
         )
         self.observation_space = gym.spaces.Dict(spaces)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (5,), np.float32)
-        lag = LAG_NAMES if commanded else ()
-        self.feature_names = {STATE: (*POSE_NAMES, *lag, "gripper.pos"), ACTION: ACTION_NAMES}
+        self.feature_names = {STATE: state_names(commanded), ACTION: ACTION_NAMES}
         self._images = {IMAGES + n: np.zeros((self.pixels, self.pixels, 3), np.uint8) for n in self.cameras}
         self._goals: list[Goal] = []
         self._meanings: dict[str, Goal] = {}  # of the current scene; filled when a sentence is to be read

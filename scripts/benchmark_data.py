@@ -144,11 +144,9 @@ def write(root: Path, storage: str, episodes: list[list[dict[str, Any]]], pixels
 
 def available_decoders() -> list[str]:
     """LeRobot's, those that load here; torchcodec needs FFmpeg's libraries."""
-    try:
-        import torchcodec  # noqa: F401
-    except (ImportError, OSError, RuntimeError):
-        return ["pyav"]
-    return ["pyav", "torchcodec"]
+    from lerobot.utils.import_utils import get_safe_default_video_backend
+
+    return sorted({"pyav", get_safe_default_video_backend()})
 
 
 def version_of(decoder: str) -> str:

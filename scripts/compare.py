@@ -235,9 +235,9 @@ class Stages:
 
     def batch_size(self, name: str, choice: dict[str, Any]) -> int:
         flags = self.of.rows[name].flags
-        return (
-            (flags | choice).get("batch_size", 8) if flags else self.of.job.train.batch_size
-        )  # 8: LeRobot's
+        if not flags:
+            return self.of.job.train.batch_size
+        return (flags | choice).get("batch_size", 8)  # LeRobot's default
 
 
 def text(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from dataclasses import replace
@@ -28,13 +27,7 @@ SIZE: dict[str, dict[str, Any]] = {
     "diffusion": {"down_dims": (16, 32), "num_train_timesteps": 5, "use_group_norm": True},
     "vqbet": {"gpt_input_dim": 16, "gpt_output_dim": 16, "gpt_hidden_dim": 16, "gpt_n_layer": 1, "gpt_n_head": 1},
 }  # fmt: skip
-KINDS = [
-    "act",
-    pytest.param(
-        "diffusion",
-        marks=pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="wants diffusers"),
-    ),
-]
+KINDS = ("act", "diffusion")
 
 
 def make(folder: Path, kind: str, told: bool = True, **options: Any) -> Path:
@@ -79,8 +72,7 @@ def make(folder: Path, kind: str, told: bool = True, **options: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    kinds = ["act", *(["diffusion"] if importlib.util.find_spec("diffusers") else [])]
-    return {kind: make(tmp_path_factory.mktemp(kind) / "pretrained_model", kind) for kind in kinds}
+    return {kind: make(tmp_path_factory.mktemp(kind) / "pretrained_model", kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")

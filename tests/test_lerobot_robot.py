@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from draccus import ParsingError
 
 from envs import arm as kinematics
 from envs import simulated
 from envs.lerobot_plugin import arm as module
 from envs.lerobot_plugin.arm import ACTION_NAMES, TabletopArm
-from envs.lerobot_plugin.config_arm import TabletopArmConfig
+from envs.lerobot_plugin.config_arm import TabletopArmConfig, quick_start
 from envs.lerobot_plugin.config_expert import TabletopExpertConfig
 from envs.lerobot_plugin.expert import TabletopExpert
 from envs.tabletop import Tabletop
@@ -106,6 +107,12 @@ def test_lerobot_makes_the_devices(tmp_path: Path) -> None:
     assert expert.is_calibrated
     assert arm.action_features == expert.action_features == dict.fromkeys(ACTION_NAMES, float)
     assert len(arm.cameras) == 1  # lerobot-record counts them before it connects
+
+
+def test_its_table_is_the_controllers() -> None:
+    """One policy drives both."""
+    controllers = yaml.safe_load((PLUGIN.parents[1] / "configs" / "robots" / "tabletop.yaml").read_text())
+    assert quick_start() == controllers["kwargs"]
 
 
 @pytest.mark.parametrize("name", ["config_arm", "config_expert"])

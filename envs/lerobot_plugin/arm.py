@@ -19,12 +19,12 @@ from lerobot.utils.decorators import check_if_already_connected, check_if_not_co
 from envs.experts import towards
 from envs.lerobot_plugin.config_arm import TabletopArmConfig, fitting
 from envs.robot import FPS, TabletopRobot
-from envs.tabletop import ACTION_NAMES, LAG_NAMES, POSE_NAMES, STATE_DIM
+from envs.tabletop import ACTION_NAMES, STATE_DIM, state_names
 from vla.control.robot import Reading
 
 logger = logging.getLogger(__name__)
 
-POSE = (*POSE_NAMES[:5], "gripper.pos")
+POSE = ("x.pos", "y.pos", "z.pos", "sin_yaw.pos", "cos_yaw.pos", "gripper.pos")
 KEYS = ("delta_x", "delta_y", "delta_z")  # of keyboard_ee, and "gripper" where it is used
 LATE_S = 0.02  # later than this after the end of the last action: the arm stood still meanwhile
 CUE = "Recording episode"  # what lerobot-record and lerobot-rollout's episodic strategy say when one begins
@@ -63,7 +63,27 @@ class Trial:
     ended: float = math.inf
 
 
-class TabletopArm(Robot):
+class Uncalibrated:
+    """What LeRobot asks of every device, for those that have nothing to calibrate and nothing to set."""
+
+    _connected = False
+
+    @property
+    def is_connected(self) -> bool:
+        return self._connected
+
+    @property
+    def is_calibrated(self) -> bool:
+        return True
+
+    def calibrate(self) -> None:
+        """A simulation is what it says."""
+
+    def configure(self) -> None:
+        """Nothing to set."""
+
+
+class TabletopArm(Uncalibrated, Robot):
     """observation: the state's entries as "<name>.pos", in the policy's order and units, and the cameras.
     action: the environment's five numbers in [-1, 1], "x.vel" … "gripper.pos".
 
@@ -90,9 +110,7 @@ class TabletopArm(Robot):
         self.robot = TabletopRobot(camera_fps=config.camera_fps, seed=config.seed, **config.kwargs)
         features = self.robot.features
         self.cameras = dict(features.cameras)  # LeRobot counts them
-        lag = LAG_NAMES if features.state_dim == STATE_DIM else ()
-        self._state = (*POSE_NAMES, *lag, "gripper.pos")
-        self._connected = False
+        self._state = state_names(features.state_dim == STATE_DIM)
         self._sent: float | None = None  # when the last action of this scene came
 
     # -- what LeRobot asks ---------------------------------------------------------------------
@@ -104,20 +122,6 @@ class TabletopArm(Robot):
     @property
     def action_features(self) -> dict[str, type]:
         return dict.fromkeys(ACTION_NAMES, float)
-
-    @property
-    def is_connected(self) -> bool:
-        return self._connected
-
-    @property
-    def is_calibrated(self) -> bool:
-        return True
-
-    def calibrate(self) -> None:
-        """A simulation is what it says."""
-
-    def configure(self) -> None:
-        """Nothing to set."""
 
     @check_if_already_connected
     def connect(self, calibrate: bool = True) -> None:

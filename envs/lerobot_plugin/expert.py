@@ -11,7 +11,7 @@ from envs.lerobot_plugin import arm
 from envs.lerobot_plugin.config_expert import TabletopExpertConfig
 
 
-class TabletopExpert(Teleoperator):
+class TabletopExpert(arm.Uncalibrated, Teleoperator):
     """Follows each scene's instruction. It looks at the simulation itself: privileged."""
 
     config_class = TabletopExpertConfig
@@ -20,7 +20,6 @@ class TabletopExpert(Teleoperator):
     def __init__(self, config: TabletopExpertConfig) -> None:
         super().__init__(config)
         self.config = config
-        self._connected = False
 
     @property
     def action_features(self) -> dict[str, type]:
@@ -29,20 +28,6 @@ class TabletopExpert(Teleoperator):
     @property
     def feedback_features(self) -> dict[str, type]:
         return {}
-
-    @property
-    def is_connected(self) -> bool:
-        return self._connected
-
-    @property
-    def is_calibrated(self) -> bool:
-        return True
-
-    def calibrate(self) -> None:
-        """It has nothing to measure."""
-
-    def configure(self) -> None:
-        """Nothing to set."""
 
     @check_if_already_connected
     def connect(self, calibrate: bool = True) -> None:

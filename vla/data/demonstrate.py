@@ -175,10 +175,8 @@ def write_shard(
     start = time.perf_counter()
     unfinished = parts / f"shard_{shard:05d}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)  # of a killed run
-    columns, size = (
-        dataset_features(features, getattr(env.unwrapped, "feature_names", None)),
-        record.shard_episodes,
-    )
+    columns = dataset_features(features, getattr(env.unwrapped, "feature_names", None))
+    size = record.shard_episodes
     dataset = create_dataset(unfinished, "demonstrations", features.fps, columns, record.vcodec, size)
     episodes = []
     for index in shard_episodes(record, shard):

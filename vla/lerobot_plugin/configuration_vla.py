@@ -77,9 +77,7 @@ class VLAConfig(Network, PreTrainedConfig):
     """
 
     n_action_steps: int = EvaluateConfig.n_action_steps  # executed of each chunk before replanning
-    precision: str = (
-        TrainConfig.precision
-    )  # auto: bf16 where the device multiplies it in hardware | fp32 | bf16
+    precision: str = TrainConfig.precision  # auto: bf16 where the hardware multiplies it | fp32 | bf16
     ema_decay: float = TrainConfig.ema_decay  # of the averaged weights, which act; 0: no average
     optimizer_lr: float = TrainConfig.lr
     optimizer_weight_decay: float = TrainConfig.weight_decay  # of matrices only

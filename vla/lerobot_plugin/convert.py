@@ -16,8 +16,8 @@ from vla.lerobot_plugin.configuration_vla import VLAConfig
 from vla.lerobot_plugin.processor_vla import make_vla_pre_post_processors
 from vla.training import checkpoint
 
-# Of a checkpoint what a policy needs; what else it holds is for going on with its training.
 CONFIG = "config.json"  # LeRobot's, which a checkpoint that comes from there keeps for the way back
+# Of a checkpoint what a policy needs; what else it holds is for going on with its training.
 DEPLOYED = ("config.yaml", "features.json", "statistics.json", "model.safetensors", "text")
 
 
@@ -32,6 +32,7 @@ def to_lerobot(source: Path, folder: Path) -> Path:
             config = pretrained.read_config(source)
         else:
             config = VLAConfig.of(checkpoint.load_job(source), checkpoint.load_features(source), device="cpu")
+        config.device = "cpu"  # the same files on every machine; LeRobot's commands put their own device in
         for pipeline in make_vla_pre_post_processors(config):
             pipeline.save_pretrained(partial)
         config.device = None  # the best one of the machine that loads it

@@ -239,14 +239,17 @@ class VLAPolicy(PreTrainedPolicy):
 
         batch: one observation, without T. History before the first one repeats it, as in training.
         """
-        images, state = self._read(batch)
-        if not self.history:
-            self.history.extend([(images, state)] * (self.config.n_obs_steps - 1))
-        self.history.append((images, state))
+        # While actions are left only history needs to look; this runs at every control step.
+        if self.config.n_obs_steps > 1 or not self.queue:
+            seen = self._read(batch)
+            self.history.extend([seen] * (1 if self.history else self.config.n_obs_steps))
         if not self.queue:
-            seen = {name: torch.cat([past[name] for past, _ in self.history], dim=1) for name in images}
+            images = {
+                name: torch.cat([past[name] for past, _ in self.history], dim=1)
+                for name in self.history[0][0]
+            }
             state = torch.cat([past for _, past in self.history], dim=1)
-            chunk = self._predict(seen, state, read.tasks(batch, len(state)))
+            chunk = self._predict(images, state, read.tasks(batch, len(state)))
             self.queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
         return self.queue.popleft()
 
@@ -286,13 +289,8 @@ class VLAPolicy(PreTrainedPolicy):
         if self.training:
             self.eval()
         steps = self.config.n_obs_steps
-        require(
-            state.shape[1] == steps,
-            STATE,
-            f"{state.shape[1]} steps",
-            f"policy.n_obs_steps={steps}",
-            "use select_action",
-        )
+        seen = state.shape[1]
+        require(seen == steps, STATE, f"{seen} steps", f"policy.n_obs_steps={steps}", "use select_action")
         observation = Observation(images, state, self._text(tasks))
         with autocast(self._device, self.config.precision):
             return self.model.predict_chunk(observation, prefix, length).float()
