@@ -13,12 +13,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Imports point left to right; modules in one row may know each other.
 LAYERS = [
-    {"__init__", "architecture", "checks", "config", "observation", "environment", "device", "inputs", "manifest",
-     "provenance", "rates", "system"},
+    {"__init__", "architecture", "captured", "checks", "compiling", "config", "observation", "environment", "device",
+     "inputs", "manifest", "provenance", "rates", "system"},
     {"data"},
     {"model"},
     {"training"},
-    {"policy"},
+    {"policy", "fast_policy"},
     {"export"},
     {"serve"},
     {"control"},
@@ -37,6 +37,7 @@ EXTRAS = (
     "onnx",
     "onnxscript",
     "peft",
+    "accelerate",
 )
 TORCH = ("torch", "timm", "transformers", "safetensors", "tqdm")
 CONTROL = ("msgspec", "websockets", "ruckig", "rich")
@@ -171,7 +172,7 @@ def test_help_of_a_job(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", files("scripts"), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted((ROOT / "scripts").glob("*.py")), ids=lambda file: file.stem)
 def test_help_of_every_job(file: Path) -> None:
     done = run(str(file), "--help")
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from vla.config import DataConfig
-from vla.data.augment import augment, relight, shift
+from vla.data.augment import augment, shift
 from vla.data.frames import Episode, FrameStore
 from vla.data.lerobot_v3 import frames_at
 from vla.data.normalize import MODES, Normalizer, Statistics
@@ -43,8 +43,11 @@ def make_episodes(cameras: dict[str, tuple[int, int]] | None = None, state_dim: 
     ]
 
 
-def write_dataset(root: Path, episodes: list[Episode], **info: Any) -> Path:
-    """A LeRobotDataset v3.0 by hand: images inside the parquet file, lossless, without importing lerobot."""
+def write_dataset(root: Path, episodes: list[Episode], rows: int | None = None, **info: Any) -> Path:
+    """A LeRobotDataset v3.0 by hand: images inside the parquet file, lossless, without importing lerobot.
+
+    rows: of a row group.
+    """
     lengths = [len(episode.state) for episode in episodes]
     starts = np.cumsum(lengths) - lengths
     tasks = sorted({episode.task for episode in episodes})
@@ -83,7 +86,7 @@ def write_dataset(root: Path, episodes: list[Episode], **info: Any) -> Path:
     ):
         path = root / f"{folder}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table({key: pa.array(value) for key, value in table.items()}), path)
+        pq.write_table(pa.table({key: pa.array(value) for key, value in table.items()}), path, rows)
     (root / "meta" / "info.json").write_text(json.dumps(description | info))
     return root
 
@@ -377,7 +380,7 @@ def pictures(n: int = 64) -> torch.Tensor:
 def test_shift_moves_by_whole_pixels_and_repeats_the_edge() -> None:
     images = pictures()
     torch.manual_seed(0)
-    moved = shift(images, 2)
+    moved = shift(images, torch.randint(5, (2, len(images))), pixels=2)
     found = set()
     for image, result in zip(images.numpy(), moved.numpy(), strict=True):
         padded = np.pad(image, ((0, 0), (2, 2), (2, 2)), mode="edge")
@@ -395,7 +398,7 @@ def test_shift_moves_by_whole_pixels_and_repeats_the_edge() -> None:
 def test_relight_stays_within_its_factors() -> None:
     images = 0.4 + 0.2 * pictures()  # nothing reaches 0 or 1, so nothing is clamped
     torch.manual_seed(0)
-    result = relight(images, brightness=0.2, contrast=0.3)
+    result = augment(images, DataConfig(brightness=0.2, contrast=0.3, shift=0))
     factor = result.mean((1, 2, 3)) / images.mean((1, 2, 3))
     assert factor.min() >= 0.8 - 1e-5
     assert factor.max() <= 1.2 + 1e-5

@@ -85,9 +85,9 @@ def test_fine_tuning_starts_at_the_checkpoints_loss(first: Path, tmp_path: Path,
     step = toy_step(
         toy_job(Path(), toy_model(**PLAIN), DataConfig(brightness=0, contrast=0, shift=0), batch_size=16)
     )
-    batch = step.samples.batch(step.samples.draw(16, step.generator))
+    _, batch = step.feed.take()
     with torch.no_grad():
-        expected = model.loss(batch, step.features[batch.task])[0].item()  # type: ignore[index]
+        expected = model.loss(batch, step.loss.features[batch.task])[0].item()  # type: ignore[index]
     new = first_loss(tmp_path / "new", toy_model(**PLAIN))
     assert new > 1.2 * expected
     for i, init in enumerate((first, first.parents[1])):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vla.config import ConfigError, ImageConfig, ModelConfig, TextConfig
 from vla.data.normalize import Statistics
-from vla.model.vla import VLA, count_parameters, parameter_groups
+from vla.model.vla import VLA, Drawn, count_parameters, parameter_groups
 from vla.observation import Batch, Features, Observation, Tokens
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -187,18 +187,18 @@ def test_predictions_stay_within_the_limits_of_the_data(model: VLA) -> None:
 
 def test_prefixes_are_drawn_as_configured() -> None:
     model = build(prefix_probability=0.25).train()
-    lengths = model.draw_prefixes(20_000, torch.device("cpu"))
+    device = torch.device("cpu")
+    lengths = model.draw(20_000, device).prefix_length
     shares = torch.bincount(lengths, minlength=5) / len(lengths)
     expected = torch.tensor([0.75, *[0.0625] * 4])
     torch.testing.assert_close(shares, expected, atol=0.01, rtol=0)
-    assert model.eval().draw_prefixes(100, torch.device("cpu")).max() == 0
-    assert build(max_prefix=0).train().draw_prefixes(100, torch.device("cpu")).max() == 0
+    assert model.eval().draw(100, device).prefix_length.max() == 0
+    assert build(max_prefix=0).train().draw(100, device).prefix_length.max() == 0
 
 
 def test_the_loss_leaves_the_prefix_out() -> None:
     model = build(prefix_probability=1.0, max_prefix=3).train()
-    model.draw_prefixes = lambda batch, device: torch.full((batch,), 3)  # type: ignore[method-assign]
-    batch = draw_batch(model)
+    batch, drawn = draw_batch(model), Drawn(torch.full((B,), 3), absent=None)
     text = features_of(model, batch)
     hidden = model(
         Observation(batch.images, batch.state, text), model.normalizer.normalize(batch.action),
@@ -206,7 +206,7 @@ def test_the_loss_leaves_the_prefix_out() -> None:
     )  # fmt: skip
     predicted = model.normalizer.unnormalize(model.head.decode(hidden))
     expected = (predicted - batch.action)[:, 3:].abs().mean()
-    torch.testing.assert_close(model.loss(batch, text)[1]["action_error"], expected)
+    torch.testing.assert_close(model.loss(batch, text, drawn=drawn)[1]["action_error"], expected)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from toy_run import text_folder, toy_job, toy_model
 
 from vla.config import AttentionConfig, ImageConfig, LoraConfig, ModelConfig, ResamplerConfig, TextConfig
 from vla.data.normalize import Statistics
-from vla.model.vla import VLA
+from vla.model.vla import VLA, Drawn
 from vla.observation import Batch, Features, Observation, Tokens
 from vla.training import checkpoint
 
@@ -191,7 +191,7 @@ def test_what_options_of_training_do(name: str) -> None:
 
 def test_cameras_are_dropped_one_at_a_time_and_unseen() -> None:
     model = build("camera dropout", prefix_probability=0.0).train()
-    absent = model.draw_absent(2000, torch.device("cpu"))
+    absent = model.draw(2000, torch.device("cpu")).absent
     assert absent is not None
     assert absent.sum(dim=1).max() == 1
     assert absent.float().mean(dim=0).tolist() == pytest.approx([0.25, 0.25], abs=0.05)
@@ -199,11 +199,11 @@ def test_cameras_are_dropped_one_at_a_time_and_unseen() -> None:
     other.images["wrist"] = 255 - other.images["wrist"]
     losses = []
     for hidden in ([[False, True]] * B, [[False, False]] * B):
-        setattr(model, "draw_absent", lambda n, device, hidden=hidden: torch.tensor(hidden))  # noqa: B010
-        losses.append([model.loss(each, encode(model))[0].item() for each in (batch, other)])
+        drawn = Drawn(torch.zeros(B, dtype=torch.int64), torch.tensor(hidden))
+        losses.append([model.loss(each, encode(model), drawn=drawn)[0].item() for each in (batch, other)])
     assert losses[0][0] == pytest.approx(losses[0][1], rel=1e-5)
     assert losses[1][0] != pytest.approx(losses[1][1], rel=1e-5)
-    assert build("camera dropout").eval().draw_absent(B, torch.device("cpu")) is None
+    assert build("camera dropout").eval().draw(B, torch.device("cpu")).absent is None
 
 
 @every_option

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import shutil
 import sys
@@ -263,17 +264,25 @@ def test_gradients_are_clipped() -> None:
 
 
 def test_a_diverging_run_stops_and_names_its_last_checkpoint(tmp_path: Path) -> None:
-    job = toy_job(tmp_path, lr=1e30, warmup_steps=0, grad_clip=1e30, save_every=1)
-    with pytest.raises(
-        FloatingPointError, match=r"got loss (nan|inf) at step 2, .*remedy.*step_00000001"
-    ) as caught:
+    job = toy_job(tmp_path, lr=1e30, warmup_steps=0, grad_clip=1e30, save_every=1, batch_size=16)
+    said = (
+        r"got a loss or gradient that is not finite at step 2, of frames \d+, .*8 more.*remedy.*step_00000001"
+    )
+    with pytest.raises(FloatingPointError, match=said) as caught:
         train(job, toy_store())
     assert "\n" not in str(caught.value)
+    written = json.loads((tmp_path / "diverged.json").read_text())
+    assert written["step"] == 2
+    twin = toy_step(job)
+    twin(0)
+    twin(1)
+    assert twin.failure() == (1, written["frames"])  # the frames of that step, not of an earlier one
+    assert len(set(written["frames"])) > 1
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     job = toy_job(tmp_path, lr=1e30, warmup_steps=0, grad_clip=1e30, log_every=100, save_every=3)
-    with pytest.raises(FloatingPointError, match="weights that are not finite at step 3.*none yet"):
+    with pytest.raises(FloatingPointError, match="not finite at step 2.*none yet"):  # though noticed at 3
         train(job, toy_store())
     assert checkpoint.checkpoints(tmp_path / "checkpoints") == []
 

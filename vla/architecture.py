@@ -167,8 +167,8 @@ class ModelConfig:
     max_prefix: int = 8  # longest committed prefix drawn in training
     prefix_probability: float = 0.25  # share of training samples that carry one
     camera_dropout: float = 0.0  # share of training samples that miss one of their cameras
-    # Of encoder, decoder and flow: forget activations and compute them again going backward; parts of the
-    # sequence that the feed-forward layers handle in turn.
+    # Of image backbone (where timm can), encoder, decoder and flow: forget activations and compute them again
+    # going backward; parts of the sequence that the feed-forward layers handle in turn.
     checkpointing: bool = False
     feed_forward_chunks: int = 1
     d_model: int = 0

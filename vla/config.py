@@ -7,6 +7,7 @@ action dimensions) are not configured. This module imports neither torch nor ler
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from vla.checks import ConfigError, apply_arguments, check, one_of, read_yaml, r
 
 __all__ = [
     "SIZES", "AttentionConfig", "ConfigError", "DataConfig", "EnvConfig", "EvaluateConfig", "ImageConfig",
-    "Job", "LoraConfig", "ModelConfig", "RecordConfig", "ResamplerConfig", "TextConfig", "TrainConfig",
+    "Job", "LoraConfig", "MixConfig", "ModelConfig", "RecordConfig", "ResamplerConfig", "TextConfig", "TrainConfig",
     "dump", "load", "one_of", "require", "untrained",
 ]  # fmt: skip
 
@@ -74,12 +75,25 @@ class RecordConfig:
 
 
 @dataclass(frozen=True)
+class MixConfig:
+    """One dataset of a mixture."""
+
+    root: str = ""
+    repo_id: str = ""  # as in DataConfig
+    weight: float = 1.0  # its share of the samples is this over the sum of all
+    cameras: tuple[str, ...] = ()  # empty: all
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    """Which LeRobotDataset to train on, and how its frames are augmented."""
+    """Which LeRobotDataset to train on, or which ones, and how their frames are augmented."""
 
     root: str = ""  # a dataset's folder; empty: <output>/dataset, where record.py writes
     repo_id: str = ""  # a hub name, downloaded by lerobot when root does not exist
     cameras: tuple[str, ...] = ()  # empty: all
+    mix: dict[str, MixConfig] = field(default_factory=dict)  # several by name, in place of root
+    stream: bool = False  # decode while training, in place of a frame store: for data larger than memory
+    cache_mb: float = 4096  # decoded frames in memory when streaming, of all datasets together
     start_share: float = 0.0  # of samples from the first frames of episodes, where the instruction decides
     brightness: float = 0.1  # augmentation: factor drawn in [1 - b, 1 + b]
     contrast: float = 0.1
@@ -87,6 +101,19 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.start_share <= 1, "data.start_share", self.start_share, "a share in [0, 1]")
+        require(self.cache_mb > 0, "data.cache_mb", self.cache_mb, "a positive number")
+        for name in ("root", "repo_id", "cameras"):
+            given = getattr(self, name)
+            require(
+                not (self.mix and given), f"data.{name}", given, "nothing beside data.mix",
+                f"set data.mix.<name>.{name} of each dataset",
+            )  # fmt: skip
+        for name, member in self.mix.items():
+            require(bool(member.root), f"data.mix.{name}.root", member.root, "a dataset's folder")
+            require(
+                0 < member.weight < math.inf, f"data.mix.{name}.weight", member.weight, "a positive number"
+            )
+            require(name.isidentifier(), "data.mix", name, "names of letters, digits and _")
 
 
 @dataclass(frozen=True)
@@ -103,7 +130,9 @@ class TrainConfig:
     grad_clip: float = 1.0
     ema_decay: float = 0.999  # 0: no average
     precision: str = "auto"  # auto: bf16 where the device multiplies it in hardware | fp32 | bf16
+    accumulate: int = 1  # parts that a batch is handled in, one after the other: less memory, the same result
     compile: bool = False
+    capture: bool = True  # on a GPU, the whole step as one CUDA graph
     device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
     threads: int = 0  # CPU threads of torch; 0: its own choice
     log_every: int = 50
@@ -115,8 +144,13 @@ class TrainConfig:
     wandb_project: str = "vla"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "save_every", "keep", "evaluate_episodes"):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep",
+                     "evaluate_episodes"):  # fmt: skip
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "a positive number")
+        require(
+            self.batch_size % self.accumulate == 0, "train.accumulate", self.accumulate,
+            f"a divisor of train.batch_size={self.batch_size}",
+        )  # fmt: skip
         require(self.lr > 0, "train.lr", self.lr, "a positive number")
         for name in ("warmup_steps", "weight_decay"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
@@ -144,12 +178,15 @@ class EvaluateConfig:
     slots: int = 32  # environments stepped side by side; part of the result, unlike workers
     videos: int = 8  # episodes filmed per split
     device: str = "auto"
+    dataset: str = ""  # of a mixture (data.mix), whose robot is evaluated
+    launch: str = "graph"  # of the network on a GPU: graph | eager | compiled, which pays in long evaluations
 
     def __post_init__(self) -> None:
         for name in ("episodes", "n_action_steps", "slots"):
             require(getattr(self, name) > 0, f"evaluate.{name}", getattr(self, name), "a positive number")
         for name in ("workers", "videos", "seed"):
             require(getattr(self, name) >= 0, f"evaluate.{name}", getattr(self, name), "0 or more")
+        one_of("evaluate.launch", self.launch, ("auto", "eager", "graph", "compiled"))
         require(self.ensemble >= 0, "evaluate.ensemble", self.ensemble, "0 or more")
 
 

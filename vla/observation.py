@@ -12,7 +12,7 @@ controllers can use it on their own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,12 @@ class Features:
     state_dim: int
     action_dim: int
     fps: int
+
+    @classmethod
+    def of_json(cls, sizes: dict[str, Any]) -> Features:
+        """The inverse of dataclasses.asdict, for which JSON has no tuples."""
+        cameras = {name: tuple(size) for name, size in sizes["cameras"].items()}
+        return cls(cameras, sizes["state_dim"], sizes["action_dim"], sizes["fps"])
 
     @classmethod
     def of_spaces(cls, observation_space: Any, action_space: Any, fps: int) -> Features:
@@ -113,13 +119,15 @@ class Observation:
 
     images: camera -> (B, T, 3, h, w) uint8; state: (B, T, P) float32 in robot units;
     text: the instruction's features from the text encoder, (B, L, text width), with padding;
-    absent: (B, C) bool, True where a camera (in alphabetical order) shows nothing; None: all are there.
+    absent: (B, C) bool, True where a camera (in alphabetical order) shows nothing; None: all are there;
+    source: (B,) int64, the dataset each sample is of, in training on several; None: there is one.
     """
 
     images: dict[str, Tensor]
     state: Tensor
     text: Tokens
     absent: Tensor | None = None
+    source: Tensor | None = None
 
 
 @dataclass
@@ -129,6 +137,8 @@ class Batch:
     images: camera -> (B, T, 3, h, w) uint8; state: (B, T, P); task: (B,) int64, an index into
     the dataset's list of instructions; action: (B, H, A) in robot units;
     action_is_pad: (B, H) bool, True behind the episode's end.
+    Of several datasets only: absent (B, C) bool, cameras that the sample's dataset lacks, in
+    alphabetical order; source (B,) int64, which dataset it is of. Sizes P and A are then the largest.
     """
 
     images: dict[str, Tensor]
@@ -136,3 +146,28 @@ class Batch:
     task: Tensor
     action: Tensor
     action_is_pad: Tensor
+    absent: Tensor | None = None
+    source: Tensor | None = None
+
+    def __getitem__(self, part: slice) -> Batch:
+        """Some of the samples, without a copy."""
+        return self.map(lambda x: x[part])
+
+    def copy_(self, other: Batch) -> None:
+        """Take over the content of another batch of the same shapes, without waiting for the device."""
+        for name, image in self.images.items():
+            image.copy_(other.images[name], non_blocking=True)
+        for mine, theirs in zip(self._vectors(), other._vectors(), strict=True):
+            if mine is not None and theirs is not None:
+                mine.copy_(theirs, non_blocking=True)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor changed."""
+        return Batch(
+            {name: change(x) for name, x in self.images.items()},
+            *(None if x is None else change(x) for x in self._vectors()),  # pyright: ignore[reportArgumentType]
+        )
+
+    def _vectors(self) -> tuple[Tensor | None, ...]:
+        """All but the images."""
+        return self.state, self.task, self.action, self.action_is_pad, self.absent, self.source

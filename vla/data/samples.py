@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -38,7 +39,8 @@ class Samples:
         device: torch.device | str = "cpu",
         start_share: float = 0.0,
     ) -> None:
-        self.device = torch.device(device)
+        self.device, self.store = torch.device(device), store
+        self.options = (chunk_size, n_obs_steps)
         self.frames = self._home({name: as_tensor(x) for name, x in store.images.items()})
         self.state = as_tensor(store.state).to(self.device)  # (N, P)
         self.action = as_tensor(store.action).to(self.device)  # (N, A)
@@ -48,8 +50,8 @@ class Samples:
         self.history = torch.arange(1 - n_obs_steps, 1, device=self.device)  # (T,)
         self.future = torch.arange(chunk_size, device=self.device)  # (H,)
         self.start_share = start_share
-        age = torch.arange(len(store), device=self.device) - self.first
-        self.starts = (age < START_FRAMES).nonzero()[:, 0]  # frames that begin an episode
+        begins = np.flatnonzero(np.arange(len(store)) - store.first < START_FRAMES)
+        self.starts = as_tensor(begins).to(self.device)  # frames that begin an episode
 
     def __len__(self) -> int:
         return len(self.state)
@@ -83,7 +85,7 @@ class Samples:
     def batch(self, index: Tensor) -> Batch:
         """The batch of the frames `index` (B,) int64, on the training device."""
         index = index.to(self.device)
-        seen = torch.maximum(index[:, None] + self.history, self.first[index][:, None])  # (B, T)
+        seen = self.seen(index)  # (B, T)
         ahead = index[:, None] + self.future  # (B, H)
         last = self.last[index][:, None]
         return Batch(
@@ -93,6 +95,28 @@ class Samples:
             action=self.action[torch.minimum(ahead, last)],
             action_is_pad=ahead > last,
         )
+
+    def seen(self, index: Tensor) -> Tensor:
+        """The frames (B, T) that an observation at the frames `index` (B,) shows, oldest first."""
+        return torch.maximum(index[:, None] + self.history, self.first[index][:, None])
+
+    def gather(self, index: Tensor) -> Batch:
+        """`batch`, but on the host whatever the training device."""
+        return self.on_host.batch(index)
+
+    @cached_property
+    def on_host(self) -> Samples:
+        return self if self.device.type == "cpu" else Samples(self.store, *self.options)
+
+    def position(self) -> dict[str, Tensor]:
+        """Where drawing stands beside its generator: nowhere, for it remembers nothing."""
+        return {}
+
+    def load_position(self, position: dict[str, Tensor]) -> None:
+        """The inverse of `position`."""
+
+    def close(self) -> None:
+        """There is no thread to end."""
 
     def _images(self, frames: Tensor, seen: Tensor) -> Tensor:
         rows = frames.index_select(0, seen.flatten().to(frames.device))  # (B * T, h, w, 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vla.training.step import Average
+from vla.training.average import Average
 
 
 class Averaged:
@@ -22,7 +22,7 @@ class Averaged:
     def update(self, step: int) -> None:
         """One more into the average, behind step number `step` (from 0); the live weights are in place."""
         self._follow()
-        self.average.update(self.model, step)
+        self.average.update(self.model, self.average.share(step))
 
     @torch.no_grad()
     def place(self, live: bool) -> None:

@@ -6,6 +6,7 @@ V backbone tokens per image   N tokens per image that go on   W backbone width  
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +84,9 @@ class ImageTokens(nn.Module):
         self.config, self.cameras = image, cameras
         self.backbone = BACKBONES[image.backbone != "scratch"](config, pretrained and image.pretrained)
         self.backbone.requires_grad_(not image.frozen)
+        if config.checkpointing and hasattr(self.backbone, "set_grad_checkpointing"):
+            with contextlib.suppress(AssertionError):  # of those that cannot
+                self.backbone.set_grad_checkpointing()
         self.leading, self.patches = measure(self.backbone, image)
         pretrained_cfg = getattr(self.backbone, "pretrained_cfg", None) or {}
         for name in ("mean", "std"):
@@ -114,11 +118,14 @@ class ImageTokens(nn.Module):
         """
         steps = images[self.cameras[0]].shape[1]
         instruction = mean_words(text)  # (B, text width)
-        pixels = torch.stack([self.resized(images[camera]) for camera in self.cameras], dim=2)
+        each = [self.resized(images[camera]) for camera in self.cameras]
+        # One camera's are not copied: they stay as they lie in memory, colours last, as the stem wants them.
+        pixels = torch.stack(each, dim=2) if len(each) > 1 else each[0][:, :, None]  # (B, T, C, 3, p, p)
         pixels = pixels.flatten(0, 2)  # (B * I, 3, p, p)
         if augment is not None:
             pixels = augment(pixels)
-        grid = self.grid((pixels - self.mean) / self.std)  # (B * I, V, W)
+        # In place: nobody else reads them, and fresh memory costs the CPU more than the arithmetic.
+        grid = self.grid(pixels.sub_(self.mean).div_(self.std))  # (B * I, V, W)
         grid = grid.unflatten(0, (len(text.x), -1))  # (B, I, V, W)
         x = self.places(self.projection(self.conditioning(grid, instruction)))  # (B, I, V, D)
         x = self.resampler(x, instruction)  # (B, I, N, D)

@@ -18,6 +18,7 @@ Normalisation lives inside: uint8 images and raw state go in, robot units come o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ from torch import Tensor, nn
 
 from vla.architecture import ModelConfig
 from vla.checks import require
-from vla.data.normalize import Normalizer, Statistics
+from vla.data.normalize import MixedStatistics, Normalizer, Statistics
+from vla.model.cut import require_cuttable
 from vla.model.decoding import DECODINGS
 from vla.model.fusion import FUSIONS
-from vla.model.heads import HEADS, average
+from vla.model.heads import HEADS, Kinds, average, over_dimensions
 from vla.model.image import Augment
 from vla.model.long_attention import ATTENTIONS
 from vla.model.lora import adapt
@@ -40,24 +42,41 @@ from vla.model.tokens import MultimodalTokens
 from vla.model.transformer import Decoder
 from vla.observation import ACTION, Batch, Features, Observation, Tokens
 
-__all__ = ["VLA", "count_parameters", "parameter_groups"]
+__all__ = ["VLA", "Drawn", "count_parameters", "parameter_groups"]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What training draws for each sample of a batch.
+
+    prefix_length: (B,) int64, how many of its actions are given; absent: (B, C) bool, cameras not shown.
+    """
+
+    prefix_length: Tensor
+    absent: Tensor | None
+
+    def __getitem__(self, part: slice) -> Drawn:
+        return Drawn(self.prefix_length[part], None if self.absent is None else self.absent[part])
 
 
 class VLA(nn.Module):
     """Vision, language and state to a chunk of actions.
 
-    statistics: of the data it is trained on, for normalisation and for the limits of actions.
+    statistics: of the data it is trained on, for normalisation and for the limits of actions. A network
+    with those of several datasets is for training only: vla.model.cut makes one dataset's policy of it.
     text_folder: a text encoder saved by `text.save`, instead of the configured one. It belongs to
     a checkpoint, which also brings the image weights: nothing is fetched from a hub then.
     instructions: of the data; a text encoder from scratch learns its words from them.
     Raises ConfigError and ValueError when a backbone or encoder cannot be built.
     """
 
+    real: Tensor | None
+
     def __init__(
         self,
         config: ModelConfig,
         features: Features,
-        statistics: Statistics,
+        statistics: Statistics | MixedStatistics,
         text_folder: str | Path | None = None,
         instructions: Sequence[str] | None = None,
     ) -> None:
@@ -81,6 +100,11 @@ class VLA(nn.Module):
             config.n_encoder_layers, n_image=n_image, n_state=config.n_obs_steps, attention=attention, **layer
         )
         self.normalizer = Normalizer(statistics[ACTION], config.normalization)
+        mixed = list(statistics.features.values()) if isinstance(statistics, MixedStatistics) else []
+        require_cuttable(config, [set(f.cameras) for f in mixed])
+        sizes = [f.action_dim for f in mixed]
+        real = torch.arange(features.action_dim) < torch.tensor(sizes)[:, None]  # (datasets, A)
+        self.register_buffer("real", real if sizes else None, persistent=False)
         self.actions = DECODINGS[config.decoding](config, self.normalizer)
         self.decoder = Decoder(config.n_decoder_layers, **layer)
         self.head = HEADS[config.head](config, self.normalizer)
@@ -104,28 +128,42 @@ class VLA(nn.Module):
         return self.decoder(self.actions(actions, committed), memory)
 
     def loss(
-        self, batch: Batch, text: Tokens, augment: Augment | None = None, measure: bool = True
+        self,
+        batch: Batch,
+        text: Tokens,
+        augment: Augment | None = None,
+        measure: bool = True,
+        drawn: Drawn | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Behaviour cloning: the head's loss over the actions that are neither padding nor prefix.
 
-        text: the features of each sample's instruction (B, L, W); augment: see ImageTokens. In
-        training mode samples carry prefixes as configured, in evaluation mode none does.
+        text: the features of each sample's instruction (B, L, W); augment: see ImageTokens; drawn: as
+        `draw` gave it, drawn here when there is none.
         Returns the scalar and numbers to log, all on the device, none unless `measure`: action_error,
         the mean absolute error in robot units, for which the head must decode. Autoregressive decoding
         is measured on the demonstrated actions before each, which parallel decoding does not see.
         """
-        target = self.normalizer.normalize(batch.action)  # (B, H, A)
-        committed = self.leading(self.draw_prefixes(len(target), target.device))  # (B, H)
-        absent = self.draw_absent(len(target), target.device)  # (B, C)
-        observation = Observation(batch.images, batch.state, text, absent)
+        kinds = self.kinds(batch)
+        target = self.normalizer.normalize(batch.action, batch.source)  # (B, H, A)
+        drawn = drawn or self.draw(len(target), target.device)
+        committed = self.leading(drawn.prefix_length)  # (B, H)
+        absent = both_absent(batch.absent, drawn.absent)
+        observation = Observation(batch.images, batch.state, text, absent, batch.source)
         hidden = self(observation, target, committed, augment)  # (B, H, D)
         ignore = batch.action_is_pad | committed  # (B, H)
-        loss = self.head.loss(hidden, target, ignore)
+        loss = self.head.loss(hidden, target, ignore, kinds)
         if not measure:
             return loss, {}
         with torch.no_grad():
-            chunk = self.normalizer.unnormalize(self.head.decode(hidden, prefix=(target, committed)))
-            return loss, {"action_error": average((chunk - batch.action).abs().mean(dim=2), ignore)}
+            chunk = self.head.decode(hidden, prefix=(target, committed), kinds=kinds)
+            error = (self.normalizer.unnormalize(chunk, batch.source) - batch.action).abs()  # (B, H, A)
+            return loss, {"action_error": average(over_dimensions(error, kinds), ignore)}
+
+    def kinds(self, batch: Batch) -> Kinds | None:
+        """Which dimensions the actions of a mixture have; None with one dataset."""
+        if batch.source is None or self.real is None:
+            return None
+        return Kinds(batch.source, self.real[batch.source][:, None])
 
     def predict_chunk(
         self,
@@ -150,23 +188,42 @@ class VLA(nn.Module):
         chunk = self.normalizer.clip(self.normalizer.unnormalize(chunk))
         return torch.where(committed[..., None], prefix, chunk)
 
-    def draw_absent(self, batch: int, device: torch.device) -> Tensor | None:
+    def draw(self, batch: int, device: torch.device, generator: torch.Generator | None = None) -> Drawn:
+        """Prefixes and missing cameras as configured; in evaluation mode there are none.
+
+        generator: torch's of the device when none is given.
+        """
+        lengths = self._draw_prefixes(batch, device, generator)
+        return Drawn(lengths, self._draw_absent(batch, device, generator))
+
+    def _draw_absent(
+        self, batch: int, device: torch.device, generator: torch.Generator | None
+    ) -> Tensor | None:
         """(B, C) bool, one camera of the configured share of samples; None when not training."""
         if not self.training or self.config.camera_dropout == 0:
             return None
         cameras = len(self.features.cameras)
-        some = torch.rand(batch, 1, device=device) < self.config.camera_dropout
-        which = torch.randint(cameras, (batch, 1), device=device)
+        some = torch.rand(batch, 1, device=device, generator=generator) < self.config.camera_dropout
+        which = torch.randint(cameras, (batch, 1), device=device, generator=generator)
         return some & (torch.arange(cameras, device=device) == which)
 
-    def draw_prefixes(self, batch: int, device: torch.device) -> Tensor:
+    def _draw_prefixes(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
         """Prefix lengths (B,) int64: mostly 0, else uniform in 1 … drawn_prefix; 0 when not training."""
         longest = self.actions.drawn_prefix
         if not self.training or longest == 0:
             return torch.zeros(batch, dtype=torch.int64, device=device)
-        some = torch.rand(batch, device=device) < self.config.prefix_probability
-        return torch.where(some, torch.randint(1, longest + 1, (batch,), device=device), 0)
+        some = torch.rand(batch, device=device, generator=generator) < self.config.prefix_probability
+        lengths = torch.randint(1, longest + 1, (batch,), device=device, generator=generator)
+        return torch.where(some, lengths, 0)
 
     def leading(self, length: Tensor) -> Tensor:
         """(B,) -> (B, H) bool: True for the first `length` action tokens of each sample."""
         return torch.arange(self.config.chunk_size, device=length.device) < length[:, None]
+
+
+def both_absent(lacking: Tensor | None, dropped: Tensor | None) -> Tensor | None:
+    """Cameras (B, C) that a dataset lacks or that were dropped; never all: then none is dropped."""
+    if lacking is None or dropped is None:
+        return dropped if lacking is None else lacking
+    absent = lacking | dropped
+    return torch.where(absent.all(dim=1, keepdim=True), lacking, absent)

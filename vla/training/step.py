@@ -1,25 +1,37 @@
 """One training step: draw, gather, augment, forward, backward, clip, AdamW, average.
 
-Nothing in it waits for the device: the metrics it returns are tensors, read by the loop only
-when it logs.
+Nothing in it waits for the device: learning rates lie in a table there, what it returns are tensors,
+read by the loop only when it logs, and a loss that is not finite is noted there too. So on a GPU the
+whole step is one CUDA graph (`vla.captured`); elsewhere the same code runs as written.
+
+Everything random about a batch is drawn before it is split into parts (`train.accumulate`) or among
+processes, so that neither changes what is learned. But dropout and the noise of the flow head.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vla.captured import Captured
 from vla.config import Job, TrainConfig
-from vla.data.augment import augment
-from vla.data.samples import Samples
+from vla.data.augment import Augmentation
+from vla.data.prefetch import Source
 from vla.device import autocast, kernels
 from vla.model.parameters import trains
-from vla.model.vla import VLA, parameter_groups
-from vla.observation import Tokens
+from vla.model.vla import VLA, Drawn, parameter_groups
+from vla.observation import Batch, Tokens
+from vla.training.average import Average
+from vla.training.feed import Feed
+from vla.training.ranks import Ranks, whole
+from vla.training.state import load_state, state_of
+
+Metrics = dict[str, Tensor]
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -33,118 +45,158 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class Average:
-    """Exponential moving average of the trainable weights; what a checkpoint deploys.
+class BatchLoss(nn.Module):
+    """The network as a function of a batch: what is compiled, and what DDP wraps.
 
-    The decay ramps up as (1 + step) / (10 + step) so that early weights are forgotten.
+    Frozen, the text encoder has read every instruction once, at the start.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    def __init__(self, model: VLA, words: Tokens, precision: str) -> None:
+        super().__init__()
+        self.model, self.words, self.precision = model, words, precision
+        self.features = None if trains(model.text.encoder) else model.text.encode(words)
 
-    @staticmethod
-    def live(model: nn.Module) -> list[Tensor]:
-        return [p.detach() for p in model.parameters() if p.requires_grad]
-
-    def update(self, model: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        live = self.live(model)
-        averages = list(self.weights.values())
-        torch._foreach_lerp_(averages, live, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
-
-
-class TrainStep:
-    """Owns the model, its optimiser and its average; `__call__` makes one step."""
-
-    def __init__(self, model: VLA, samples: Samples, job: Job, tasks: list[str]) -> None:
-        self.model, self.samples, self.config = model, samples, job.train
-        self.device = samples.device
-        self.augment = partial(augment, config=job.data)
-        groups = parameter_groups(model, job.model, job.train.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=job.train.lr, betas=job.train.betas, fused=True)
-        self.average = Average(model, job.train.ema_decay)
-        self.generator = torch.Generator(self.device).manual_seed(job.seed)
-        words = model.text.tokenize(tasks)
-        self.words = Tokens(words.x.to(self.device), words.pad.to(self.device))
-        self.features = None if trains(model.text.encoder) else model.text.encode(self.words)
-        self.loss_of = torch.compile(self._loss) if job.train.compile else self._loss
-
-    def _loss(self, batch: Any, measure: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.features is not None:  # frozen: every instruction was encoded once, at the start
+    def forward(
+        self, batch: Batch, augmentation: Augmentation, drawn: Drawn, measure: bool
+    ) -> tuple[Tensor, Metrics]:
+        if self.features is not None:
             text = self.features[batch.task]
         else:
             text = self.model.text.encode(self.words[batch.task])
-        with autocast(self.device, self.config.precision):
-            return self.model.loss(batch, text, self.augment, measure)
+        with autocast(batch.state.device, self.precision):
+            return self.model.loss(batch, text, augmentation, measure, drawn)
 
-    def __call__(self, step: int, measure: bool = True) -> dict[str, Tensor]:
+
+class TrainStep:
+    """Owns the model, its optimiser and its average; `__call__` makes one step.
+
+    generators: `samples` draws the frames, `noise` prefixes, missing cameras and augmentation. The
+    latter goes on where torch's own was when this was made, which is left to dropout.
+    """
+
+    def __init__(
+        self, model: VLA, samples: Source, job: Job, tasks: list[str], ranks: Ranks | None = None
+    ) -> None:
+        self.model, self.job, self.config = model, job, job.train
+        self.device = samples.device
+        self.ranks = ranks or Ranks(self.device)
+        cuda, self.steps = self.device.type == "cuda", job.train.steps
+        groups = parameter_groups(model, job.model, job.train.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=job.train.lr, betas=job.train.betas, fused=True, capturable=cuda
+        )
+        exact = torch.float32 if cuda else torch.float64  # what the fused kernel reads there
+        for group in self.optimizer.param_groups:
+            group["lr"] = torch.zeros((), dtype=exact, device=self.device)
+        words = model.text.tokenize(tasks)
+        words = Tokens(words.x.to(self.device), words.pad.to(self.device))
+        loss = BatchLoss(model, words, job.train.precision)
+        unused = [model.text] if loss.features is not None else []
+        self.loss = self.ranks.prepare(loss, self.optimizer, unused)
+        self.loss_of: Any = torch.compile(self.loss) if job.train.compile else self.loss
+        self.average = Average(model, job.train.ema_decay)  # of the weights as the ranks hold them
+        self.rates = self._table([learning_rate(i, job.train) for i in range(self.steps)], exact)
+        self.shares = self._table([self.average.share(i) for i in range(self.steps)], exact)
+        drawer = torch.Generator(self.device if samples.resident else "cpu").manual_seed(job.seed)
+        noise = torch.Generator(self.device).set_state(self._own_state())
+        self.generators = {"samples": drawer, "noise": noise}
+        self.feed = Feed(self.ranks.share(samples), job.train.batch_size, drawer)
+        self.images = job.model.n_obs_steps * len(model.features.cameras)  # of a sample
+        self.next = 0
+        self.number = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.failed = torch.full((1,), -1, device=self.device)  # the first step that was not finite
+        self.failed_index = torch.full((job.train.batch_size,), -1, device=self.device)  # and its frames
+        captured = cuda and job.train.capture and self.ranks.count == 1
+        drawn_inside = [g for g in self.generators.values() if g.device.type == "cuda"]
+        plain = Captured(partial(self._step, False), self.device, drawn_inside)
+        measured = Captured(partial(self._step, True), self.device, drawn_inside, pool=plain)
+        self.run = (plain, measured) if captured else (plain.function, measured.function)
+
+    def _table(self, values: list[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+    def _own_state(self) -> Tensor:
+        cuda = self.device.type == "cuda"
+        return torch.cuda.get_rng_state(self.device) if cuda else torch.get_rng_state()
+
+    def __call__(self, step: int, measure: bool = True) -> Metrics:
         """Make step number `step` (from 0) and return its metrics as tensors on the device.
 
-        measure: the network's too, not only loss and grad_norm.
+        measure: the network's too, not only loss and grad_norm. The next call may overwrite them.
         """
-        rate = learning_rate(step, self.config)
+        if step != self.next:
+            self.number.fill_(step)
+        self.next = step + 1
+        self.feed.advance()
+        return self.run[measure]()
+
+    def _step(self, measure: bool) -> Metrics:
+        rate = self.rates.index_select(0, self.number)[0]
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_multiplier", 1.0)
-        batch = self.samples.batch(self.samples.draw(self.config.batch_size, self.generator))
-        loss, metrics = self.loss_of(batch, measure)
+            group["lr"].copy_(rate * group.get("lr_multiplier", 1.0))
+        index, batch = self.feed.take()
         self.optimizer.zero_grad(set_to_none=True)
-        with kernels(self.device, self.config.precision):
-            loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        metrics = self._backward(batch, *self._draw(len(index)), measure)
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip))
         self.optimizer.step()
-        self.average.update(self.model, step)
-        return {"loss": loss.detach(), "grad_norm": norm, **metrics}
+        share = self.shares.index_select(0, self.number)[0]
+        self.average.update(self.model, share if self.device.type == "cuda" else share.item())
+        self._watch(metrics["loss"], norm, index)
+        self.number += 1
+        return metrics | {"grad_norm": norm}
+
+    def _draw(self, batch: int) -> tuple[Augmentation, Drawn]:
+        noise = self.generators["noise"]
+        drawn = self.model.draw(batch, self.device, noise)
+        return Augmentation.draw(batch, self.images, self.job.data, self.device, noise), drawn
+
+    def _backward(self, batch: Batch, augmentation: Augmentation, drawn: Drawn, measure: bool) -> Metrics:
+        """Gradients of the mean over all actions that count, part by part; loss and metrics are that mean too.
+
+        batch: this rank's part of it; augmentation, drawn: of all of it.
+        """
+        own = self.ranks.part(len(drawn.prefix_length))
+        augmentation, drawn = augmentation[own], drawn[own]
+        size = len(batch.task) // self.config.accumulate
+        parts = [slice(i * size, (i + 1) * size) for i in range(self.config.accumulate)]
+        counted = ~(batch.action_is_pad | self.model.leading(drawn.prefix_length))  # (B, H)
+        total = self.ranks.sum(counted.sum()).clamp(min=1)
+        sums: Metrics = {}
+        for part in parts:
+            with self.ranks.without_sync(self.loss) if part != parts[-1] else nullcontext():
+                loss, metrics = self.loss_of(batch[part], augmentation[part], drawn[part], measure)
+                share = counted[part].sum() / total
+                with kernels(self.device, self.config.precision):
+                    (loss * share * self.ranks.count).backward()  # among ranks gradients are averaged
+            for name, value in {"loss": loss.detach(), **metrics}.items():
+                sums[name] = sums.get(name, 0) + value * share
+        return self.ranks.sum(sums)
+
+    def _watch(self, loss: Tensor, norm: Tensor, index: Tensor) -> None:
+        """Note the first step whose loss or gradient is not finite, and its frames."""
+        first = ~(loss.isfinite() & norm.isfinite()) & (self.failed < 0)  # (1,)
+        self.failed.copy_(torch.where(first, self.number, self.failed))
+        self.failed_index.copy_(torch.where(first, index.to(self.device), self.failed_index))
+
+    def failure(self) -> tuple[int, list[int]] | None:
+        """The first step that was not finite, from 0, and the frames of its batch; waits for the device."""
+        step = int(self.failed.item())
+        return None if step < 0 else (step, self.failed_index.tolist())
 
     def finite(self) -> bool:
         """Whether all weights are finite; waits for the device."""
-        return all(bool(p.isfinite().all()) for p in self.average.live(self.model))
-
-    def _fixed(self) -> dict[str, Tensor]:
-        """What the optimiser does not train: frozen weights, running statistics; none of the text encoder."""
-        everything = self.model.state_dict()
-        names = everything.keys() - self.average.weights.keys()
-        return {n: everything[n] for n in sorted(names) if not n.startswith("text.encoder.")}
+        return all(bool(whole(p.isfinite().all())) for p in self.average.live(self.model))
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs to go on bit for bit, as flat named tensors.
-
-        But what text/ of a checkpoint holds: the text encoder's weights that do not train.
-        """
-        names = {id(p): n for n, p in self.model.named_parameters()}
-        state = {f"weights.{n}": p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
-        state |= {f"fixed.{n}": tensor for n, tensor in self._fixed().items()}
-        for parameter, slots in self.optimizer.state.items():
-            state |= {f"adamw.{key}.{names[id(parameter)]}": value for key, value in slots.items()}
-        state |= {f"average.{n}": w for n, w in self.average.weights.items()}
-        state |= {"random.samples": self.generator.get_state(), "random.torch": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
+        """Everything a resumed run needs to go on bit for bit, as flat named tensors."""
+        return (
+            state_of(self.model, self.optimizer, self.average, self.device)
+            | self.feed.state()
+            | {"random.noise": self.generators["noise"].get_state()}
+        )
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` gave. Raises ValueError when it is of another version."""
-        wanted = {f"fixed.{n}" for n in self._fixed()} | {f"weights.{n}" for n in self.average.weights}
-        if missing := sorted(wanted - state.keys()):
-            raise ValueError(
-                f"The training state is of another version. got: none of {missing[:3]}. expected: the weights "
-                "of this version's network. remedy: resume with the version that wrote it, or begin a new "
-                "run with train.init."
-            )
-        with torch.no_grad():
-            for name, tensor in self._fixed().items():
-                tensor.copy_(state[f"fixed.{name}"])
-            for name, parameter in self.model.named_parameters():
-                if not parameter.requires_grad:
-                    continue
-                parameter.copy_(state[f"weights.{name}"])
-                self.average.weights[name].copy_(state[f"average.{name}"])
-                self.optimizer.state[parameter] = {
-                    key: state[f"adamw.{key}.{name}"].to(parameter.device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                    if f"adamw.{key}.{name}" in state
-                }
-        self.generator.set_state(state["random.samples"].cpu())
-        torch.set_rng_state(state["random.torch"].cpu())
-        if "random.cuda" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random.cuda"].cpu(), self.device)
+        load_state(state, self.model, self.optimizer, self.average, self.device)
+        self.feed.load_state(state)
+        self.generators["noise"].set_state(state["random.noise"].cpu())
