@@ -73,6 +73,8 @@ def apply_arguments(tree: dict[str, Any], argv: list[str], cls: Any) -> None:
 
 def field_type(cls: Any, name: str, prefix: str) -> Any:
     """The type of a field. Raises ConfigError with close names when there is no such field."""
+    if get_origin(cls) is dict and is_dataclass(get_args(cls)[1]):
+        return get_args(cls)[1]  # any name goes
     hints = get_type_hints(cls) if is_dataclass(cls) else {}
     full = f"{prefix}.{name}" if prefix else str(name)
     if name not in hints:
@@ -107,6 +109,9 @@ def check(value: Any, hint: Any, name: str = "") -> None:
             check(x, inner[0], name)
     elif get_origin(hint) is dict:
         require(isinstance(value, dict), name, value, "a mapping", "write it as {a: 1, b: {c: 2}}")
+        for key, inner in value.items():
+            if is_dataclass(get_args(hint)[1]):
+                check(inner, get_args(hint)[1], f"{name}.{key}")
 
 
 def is_number(value: Any) -> bool:

@@ -25,7 +25,7 @@ import numpy as np
 
 from vla.config import EnvConfig, RecordConfig
 from vla.data.lerobot_writer import SHORTEST, create_dataset, dataset_features
-from vla.environment import enable_images, make_env
+from vla.environment import enable_images, enable_last_images, make_env
 from vla.observation import ACTION, IS_SUCCESS, STATE, TASK, Features, camera_keys
 
 ATTEMPTS = 20  # per episode; an expert that fails more often is broken
@@ -89,6 +89,7 @@ def make_environment(config: EnvConfig, lead_in: int = 0) -> tuple[Any, Features
             f"record.lead_in={lead_in}. expected: a Box with finite bounds. "
             "remedy: set record.lead_in=0, or bound the action space in a wrapper."
         )
+    enable_last_images(env, False)  # what ends an episode is no frame
     return env, features
 
 
@@ -107,11 +108,14 @@ def demonstrate(
     """
     rng = np.random.default_rng((seed, 1 + instruction))
     low, high = env.action_space.low, env.action_space.high
-    observation, info = env.reset(seed=seed)
-    choices = [None, *info.get("alternatives", [])]
-    if (task := choices[instruction % len(choices)]) is not None:
-        observation, info = env.reset(seed=seed, options={TASK: task})
     led = int(rng.integers(lead_in + 1))
+    enable_images(env, led == 0 and instruction == 0)  # only of what is recorded
+    observation, info = env.reset(seed=seed)
+    if instruction:
+        choices = [None, *info.get("alternatives", [])]
+        task = choices[instruction % len(choices)]
+        enable_images(env, led == 0)
+        observation, info = env.reset(seed=seed, options=None if task is None else {TASK: task})
     action = np.zeros_like(low)
     for step in range(led):
         if step % LEAD_IN_HELD == 0:

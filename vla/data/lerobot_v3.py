@@ -217,19 +217,13 @@ class DatasetFolder:
         Raises ValueError for a missing video, and for a frame of another size than info.json says.
         """
         n = self.info["total_frames"]
-        videos = {name for name in cameras if self.info["features"][self.cameras[name]]["dtype"] == "video"}
-        for name in videos:
-            for path, _ in self._video_files(self.cameras[name]):
-                if not path.is_file():
-                    raise error(
-                        "A video is missing.", f"no file {path}", "the video", "copy the dataset again"
-                    )
+        self.require_videos(cameras)
         with tqdm(total=n * len(cameras), desc="frames", unit="frame", unit_scale=True) as bar:
             for name in cameras:
                 key = self.cameras[name]
-                shape = self._picture_shape(key)
+                shape, video = self.picture_shape(key), self.is_video(name)
                 out = np.lib.format.open_memmap(targets[name], mode="w+", dtype=np.uint8, shape=(n, *shape))
-                for row, image in self._video(key) if name in videos else self._images(key):
+                for row, image in self._video(key) if video else self._images(key):
                     if image.shape != shape:
                         raise error(
                             f"Camera '{name}' of {self.root} changes its size.", f"{image.shape} at frame {row}",
@@ -239,7 +233,17 @@ class DatasetFolder:
                     bar.update()
                 del out  # writes the map to disk
 
-    def _picture_shape(self, key: str) -> tuple[int, ...]:
+    def is_video(self, camera: str) -> bool:
+        return self.info["features"][self.cameras[camera]]["dtype"] == "video"
+
+    def require_videos(self, cameras: Iterable[str]) -> None:
+        """Raise ValueError unless the files of the cameras stored as video exist."""
+        for name in filter(self.is_video, cameras):
+            for path, _ in self.video_files(self.cameras[name]):
+                if not path.is_file():
+                    raise error("A video is missing.", f"no file {path}", "it", "copy the dataset again")
+
+    def picture_shape(self, key: str) -> tuple[int, ...]:
         """(h, w, 3) of a camera's frames; info.json may put the channels first."""
         shape = tuple(self.info["features"][key]["shape"])
         return (*shape[1:], 3) if len(shape) == 3 and shape[0] == 3 and shape[2] != 3 else shape
@@ -258,7 +262,7 @@ class DatasetFolder:
                         yield row, np.asarray(image.convert("RGB"))
                     row += 1
 
-    def _video_files(self, key: str) -> Iterator[tuple[Path, np.ndarray]]:
+    def video_files(self, key: str) -> Iterator[tuple[Path, np.ndarray]]:
         """The video files of a camera, each with the positions of its episodes."""
         files = np.stack([self.episodes[f"videos/{key}/{part}_index"] for part in ("chunk", "file")], axis=1)
         for chunk, file in np.unique(files, axis=0):
@@ -270,7 +274,7 @@ class DatasetFolder:
         """Every frame of a camera stored as video: row, (h, w, 3) uint8."""
         starts, ends = self.episodes["dataset_from_index"], self.episodes["dataset_to_index"]
         offset = self.episodes[f"videos/{key}/from_timestamp"]
-        for path, inside in self._video_files(key):
+        for path, inside in self.video_files(key):
             rows = np.concatenate([np.arange(starts[i], ends[i]) for i in inside])
             wanted = np.concatenate([self.timestamps[starts[i] : ends[i]] + offset[i] for i in inside])
             order = np.argsort(wanted, kind="stable")
@@ -282,8 +286,10 @@ def is_depth(feature: dict[str, Any]) -> bool:
     return bool(info.get("is_depth_map") or info.get("video.is_depth_map"))
 
 
-def frames_at(path: Path, seconds: np.ndarray, fps: int) -> Iterator[np.ndarray]:
+def frames_at(path: Path, seconds: np.ndarray, fps: int, seek: bool = False) -> Iterator[np.ndarray]:
     """The frame nearest to each of `seconds` (ascending), decoding the video once.
+
+    seek: from the key frame before the first one, instead of from the video's beginning.
 
     Raises ValueError when no frame lies within half a frame's time.
     """
@@ -294,7 +300,9 @@ def frames_at(path: Path, seconds: np.ndarray, fps: int) -> Iterator[np.ndarray]
     half = 0.5 / fps
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
+        stream.thread_type = "NONE" if seek else "AUTO"  # a few frames are decoded before threads have begun
+        if seek and stream.time_base:
+            container.seek(int((seconds[0] + half / 2) / stream.time_base), stream=stream)
         for frame in container.decode(stream):
             now = float(frame.time or 0.0)
             if second is None or second <= now - half:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from vla.observation import Features
 
 CONSTANT = 1e-6  # below this spread a dimension is constant, and dividing by it would amplify noise
 
@@ -46,6 +48,10 @@ class DimensionStatistics:
         values = (mean, std, x.min(axis=0), x.max(axis=0), q01, q99)
         return cls(*(np.asarray(value, dtype=np.float64).tolist() for value in values))
 
+    def padded(self, size: int) -> DimensionStatistics:
+        """With dimensions added up to `size` in which everything is 0, in robot units and normalised."""
+        return DimensionStatistics(*([*x, *[0.0] * (size - len(x))] for x in asdict(self).values()))
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -78,6 +84,42 @@ class Statistics:
         return cls({key: DimensionStatistics(**value) for key, value in content.items()})
 
 
+@dataclass(frozen=True)
+class MixedStatistics:
+    """Features and statistics of the datasets of a mixture, by name, in the order of Batch.source."""
+
+    features: dict[str, Features]
+    statistics: dict[str, Statistics]
+
+    def __getitem__(self, key: str) -> list[DimensionStatistics]:
+        """Of each dataset, padded to the largest."""
+        each = [statistics[key] for statistics in self.statistics.values()]
+        return [one.padded(max(len(x.mean) for x in each)) for one in each]
+
+    def save(self, path: str | Path) -> None:
+        content = {
+            name: {
+                "features": asdict(self.features[name]),
+                "statistics": {key: asdict(value) for key, value in statistics.by_key.items()},
+            }
+            for name, statistics in self.statistics.items()
+        }
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> MixedStatistics:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return cls(
+            {name: Features.of_json(one["features"]) for name, one in content.items()},
+            {
+                name: Statistics(
+                    {key: DimensionStatistics(**value) for key, value in one["statistics"].items()}
+                )
+                for name, one in content.items()
+            },
+        )
+
+
 # Normalised values are (x - centre) / spread.
 MODES = {
     "mean_std": lambda s: (s.mean, s.std),
@@ -92,6 +134,9 @@ class Normalizer(nn.Module):
     mean_std gives zero mean and unit variance; min_max and quantiles give [-1, 1] (quantiles
     for the central 98 %). A constant dimension becomes 0. The buffers are not part of a
     checkpoint's weights: statistics travel in their own file.
+
+    Of several datasets (a list, each with D dimensions) the buffers are (datasets, D), and
+    `source` (B,) int64 says which one each of the samples (B, n, D) is of.
     """
 
     centre: Tensor
@@ -99,25 +144,42 @@ class Normalizer(nn.Module):
     low: Tensor
     high: Tensor
 
-    def __init__(self, statistics: DimensionStatistics, mode: str = "mean_std") -> None:
+    def __init__(
+        self, statistics: DimensionStatistics | Sequence[DimensionStatistics], mode: str = "mean_std"
+    ) -> None:
         super().__init__()
         if mode not in MODES:
             raise ValueError(
                 f"Unknown normalisation. got: {mode!r}. expected: one of {sorted(MODES)}. "
                 "remedy: choose one of them."
             )
-        centre, spread = (np.asarray(value, dtype=np.float64) for value in MODES[mode](statistics))
+        several = [statistics] if isinstance(statistics, DimensionStatistics) else statistics
+        centre, spread = np.moveaxis(np.array([MODES[mode](one) for one in several], np.float64), 1, 0)
         spread = np.where(spread < CONSTANT, 1.0, spread)
-        for name, value in (
-            ("centre", centre), ("spread", spread), ("low", statistics.min), ("high", statistics.max),
-        ):  # fmt: skip
-            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32), persistent=False)
+        low, high = [one.min for one in several], [one.max for one in several]
+        for name, value in (("centre", centre), ("spread", spread), ("low", low), ("high", high)):
+            tensor = torch.as_tensor(np.asarray(value), dtype=torch.float32)
+            one = tensor[0] if isinstance(statistics, DimensionStatistics) else tensor
+            self.register_buffer(name, one, persistent=False)
 
-    def normalize(self, x: Tensor) -> Tensor:
-        return (x - self.centre) / self.spread
+    @property
+    def size(self) -> int:
+        """D."""
+        return self.low.shape[-1]
 
-    def unnormalize(self, x: Tensor) -> Tensor:
-        return x * self.spread + self.centre
+    def normalize(self, x: Tensor, source: Tensor | None = None) -> Tensor:
+        centre, spread = self._of(source)
+        return (x - centre) / spread
+
+    def unnormalize(self, x: Tensor, source: Tensor | None = None) -> Tensor:
+        centre, spread = self._of(source)
+        return x * spread + centre
+
+    def _of(self, source: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Centre and spread (D,) of the one dataset, or (B, 1, D) of each sample's."""
+        if source is None:
+            return self.centre, self.spread
+        return self.centre[source][:, None], self.spread[source][:, None]
 
     def clip(self, x: Tensor) -> Tensor:
         """Hold robot units inside the range that the data covers."""

@@ -39,10 +39,11 @@ class ExportError(ValueError):
     """An export that cannot be made or is wrong: got, expected, remedy."""
 
 
-def export(source: str | Path, format: str, folder: Path) -> dict[str, Any]:
+def export(source: str | Path, format: str, folder: Path, dataset: str = "") -> dict[str, Any]:
     """Write a checkpoint in a format of formats.FORMATS into `folder`, in one piece; returns its manifest.
 
-    source: a checkpoint's folder or a run's output folder. An earlier export in `folder` is replaced.
+    source: a checkpoint's folder or a run's output folder; dataset: of a mixture, whose policy.
+    An earlier export in `folder` is replaced.
     Raises ConfigError for an unknown format, CheckpointError for a damaged checkpoint, ExportError when
     the network has something that cannot be exported or when a float32 export is not its equal.
     """
@@ -53,7 +54,7 @@ def export(source: str | Path, format: str, folder: Path) -> dict[str, Any]:
             "earlier export to replace. remedy: choose another one."
         )
     source = checkpoint.find(source)
-    model, job, statistics = checkpoint.load_model(source)
+    model, job, statistics = checkpoint.load_model(source, dataset)
     reference = Policy(model, replace(job, train=replace(job.train, precision="fp32")), "cpu", source)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -15,10 +15,13 @@ def is_export(path: str | Path) -> bool:
     return any((Path(path) / name).is_file() for name in ("policy.onnx", "policy.pt2"))
 
 
-def load_policy(path: str | Path, device: str = "auto", threads: int = 0) -> Policy | ExportedPolicy:
+def load_policy(
+    path: str | Path, device: str = "auto", threads: int = 0, launch: str = "graph", dataset: str = ""
+) -> Policy | ExportedPolicy:
     """A checkpoint's folder, a run's output folder, or an exported folder.
 
-    device: of a checkpoint; exports run on the CPU. threads: of the processor; 0: the runtime's choice.
+    device, launch, dataset: of a checkpoint, see vla.policy.Policy; exports run on the CPU. threads: of the processor;
+    0: the runtime's choice.
     Raises CheckpointError when it is missing, damaged or of another kind.
     """
     if (Path(path) / "policy.onnx").is_file():
@@ -35,4 +38,4 @@ def load_policy(path: str | Path, device: str = "auto", threads: int = 0) -> Pol
 
     if threads:
         torch.set_num_threads(threads)
-    return Policy.load(path, device)
+    return Policy.load(path, device, launch, dataset)

@@ -31,7 +31,7 @@ class Parallel(nn.Module):
         super().__init__()
         self.drawn_prefix = self.longest_prefix = config.max_prefix
         self.open = nn.Parameter(torch.empty(config.d_model))
-        self.committed = nn.Linear(len(normalizer.low), config.d_model)
+        self.committed = nn.Linear(normalizer.size, config.d_model)
         self.committed.requires_grad_(config.max_prefix > 0)
         self.positions = POSITIONS[config.positions](config.chunk_size, config.d_model)
 
@@ -67,7 +67,7 @@ class Autoregressive(nn.Module):
         super().__init__()
         self.normalizer, self.longest_prefix = normalizer, config.chunk_size
         self.start = nn.Parameter(torch.empty(config.d_model))
-        self.previous = nn.Linear(len(normalizer.low), config.d_model)
+        self.previous = nn.Linear(normalizer.size, config.d_model)
         self.positions = POSITIONS[config.positions](config.chunk_size, config.d_model)
 
     def forward(self, actions: Tensor, committed: Tensor) -> Tensor:

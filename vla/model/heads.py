@@ -11,6 +11,7 @@ architecture.py.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -26,14 +27,26 @@ from vla.observation import Tokens
 Prefix = tuple[Tensor, Tensor]  # (B, H, A) actions, of which those are committed where (B, H) bool is True
 
 
-class Head(Protocol):
-    """What every head offers."""
+@dataclass(frozen=True)
+class Kinds:
+    """Of samples from several datasets: source (B,) int64, which one; real (B, 1, A) bool, the dimensions its
+    actions have. The others are 0 in the target, and nothing of them enters a loss.
+    """
 
-    def loss(self, hidden: Tensor, target: Tensor, ignore: Tensor) -> Tensor:
+    source: Tensor
+    real: Tensor
+
+
+class Head(Protocol):
+    """What every head offers. kinds: None where the data is one dataset, as it always is for a policy."""
+
+    def loss(self, hidden: Tensor, target: Tensor, ignore: Tensor, kinds: Kinds | None = None) -> Tensor:
         """hidden: (B, H, D), target: (B, H, A), ignore: (B, H) bool -> scalar over what is left."""
         ...
 
-    def decode(self, hidden: Tensor, sample: bool = False, prefix: Prefix | None = None) -> Tensor:
+    def decode(
+        self, hidden: Tensor, sample: bool = False, prefix: Prefix | None = None, kinds: Kinds | None = None
+    ) -> Tensor:
         """(B, H, D) -> (B, H, A) float32; sample: drawn from the head's distribution, else always the same.
 
         The tokens of a prefix carry it in `hidden`, which is all that heads need that act token by token;
@@ -45,6 +58,13 @@ class Head(Protocol):
 def average(cost: Tensor, ignore: Tensor) -> Tensor:
     """Mean of cost (B, H) over what is not ignored; 0 when everything is."""
     return torch.where(ignore, 0, cost).sum() / (~ignore).sum().clamp(min=1)
+
+
+def over_dimensions(cost: Tensor, kinds: Kinds | None) -> Tensor:
+    """Mean of cost (B, H, A) over the dimensions that are real -> (B, H)."""
+    if kinds is None:
+        return cost.mean(dim=2)
+    return torch.where(kinds.real, cost, 0).sum(dim=2) / kinds.real.sum(dim=2)
 
 
 def draw(logits: Tensor) -> Tensor:
@@ -61,13 +81,15 @@ class L1Head(nn.Module):
 
     def __init__(self, config: ModelConfig, normalizer: Normalizer) -> None:
         super().__init__()
-        self.out = nn.Linear(config.d_model, len(normalizer.low))
+        self.out = nn.Linear(config.d_model, normalizer.size)
 
-    def loss(self, hidden: Tensor, target: Tensor, ignore: Tensor) -> Tensor:
-        error = F.l1_loss(self.decode(hidden), target, reduction="none").mean(dim=2)  # (B, H)
-        return average(error, ignore)
+    def loss(self, hidden: Tensor, target: Tensor, ignore: Tensor, kinds: Kinds | None = None) -> Tensor:
+        error = F.l1_loss(self.decode(hidden), target, reduction="none")  # (B, H, A)
+        return average(over_dimensions(error, kinds), ignore)
 
-    def decode(self, hidden: Tensor, sample: bool = False, prefix: Prefix | None = None) -> Tensor:
+    def decode(
+        self, hidden: Tensor, sample: bool = False, prefix: Prefix | None = None, kinds: Kinds | None = None
+    ) -> Tensor:
         return self.out(hidden).float()
 
 
@@ -85,31 +107,40 @@ class BinsHead(nn.Module):
         super().__init__()
         low, high = (normalizer.normalize(limit) for limit in (normalizer.low, normalizer.high))
         self.bins = config.bins
-        self.register_buffer("low", low, persistent=False)  # (A,); from the statistics, as in Normalizer
-        self.register_buffer("width", (high - low) / self.bins, persistent=False)  # (A,); 0 if constant
-        self.out = nn.Linear(config.d_model, len(low) * self.bins)
+        self.register_buffer("low", low, persistent=False)  # (A,), or of each dataset, as in Normalizer
+        self.register_buffer("width", (high - low) / self.bins, persistent=False)  # the same; 0 if constant
+        self.out = nn.Linear(config.d_model, normalizer.size * self.bins)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, H, D) -> (B, H, A, N) float32."""
         return self.out(hidden).unflatten(-1, (-1, self.bins)).float()
 
-    def index(self, actions: Tensor) -> Tensor:
+    def index(self, actions: Tensor, kinds: Kinds | None = None) -> Tensor:
         """(B, H, A) -> bins (B, H, A) int64, the outermost beyond the limits, 0 in a constant dimension."""
-        width = torch.where(self.width > 0, self.width, torch.inf)
-        return ((actions - self.low) / width).long().clamp(0, self.bins - 1)
+        low, width = self.edges(kinds)
+        return ((actions - low) / torch.where(width > 0, width, torch.inf)).long().clamp(0, self.bins - 1)
 
-    def centre(self, index: Tensor) -> Tensor:
+    def centre(self, index: Tensor, kinds: Kinds | None = None) -> Tensor:
         """The inverse, up to half a bin: bins (B, H, A) -> (B, H, A) float32."""
-        return (self.low + (index + 0.5) * self.width).float()
+        low, width = self.edges(kinds)
+        return (low + (index + 0.5) * width).float()
 
-    def loss(self, hidden: Tensor, target: Tensor, ignore: Tensor) -> Tensor:
+    def edges(self, kinds: Kinds | None) -> tuple[Tensor, Tensor]:
+        """The lowest bin's lower edge and the width of bins: (A,) each, or (B, 1, A) of each sample's dataset."""
+        if kinds is None:
+            return self.low, self.width
+        return self.low[kinds.source][:, None], self.width[kinds.source][:, None]
+
+    def loss(self, hidden: Tensor, target: Tensor, ignore: Tensor, kinds: Kinds | None = None) -> Tensor:
         logits = self.logits(hidden)  # (B, H, A, N)
-        error = F.cross_entropy(logits.movedim(-1, 1), self.index(target), reduction="none")  # (B, H, A)
-        return average(error.mean(dim=2), ignore)
+        error = F.cross_entropy(logits.movedim(-1, 1), self.index(target, kinds), reduction="none")
+        return average(over_dimensions(error, kinds), ignore)
 
-    def decode(self, hidden: Tensor, sample: bool = False, prefix: Prefix | None = None) -> Tensor:
+    def decode(
+        self, hidden: Tensor, sample: bool = False, prefix: Prefix | None = None, kinds: Kinds | None = None
+    ) -> Tensor:
         logits = self.logits(hidden)
-        return self.centre(draw(logits) if sample else logits.argmax(dim=-1))
+        return self.centre(draw(logits) if sample else logits.argmax(dim=-1), kinds)
 
 
 class GMMHead(nn.Module):
@@ -124,7 +155,7 @@ class GMMHead(nn.Module):
 
     def __init__(self, config: ModelConfig, normalizer: Normalizer) -> None:
         super().__init__()
-        self.sizes = [1, len(normalizer.low), len(normalizer.low)]  # weight, mean, scale of a component
+        self.sizes = [1, normalizer.size, normalizer.size]  # weight, mean, scale of a component
         self.components = config.components
         self.out = nn.Linear(config.d_model, self.components * sum(self.sizes))
 
@@ -134,15 +165,22 @@ class GMMHead(nn.Module):
         logits, means, scales = out.split(self.sizes, dim=-1)
         return logits.squeeze(-1), means, F.softplus(scales) + self.floor
 
-    def loss(self, hidden: Tensor, target: Tensor, ignore: Tensor) -> Tensor:
+    def loss(self, hidden: Tensor, target: Tensor, ignore: Tensor, kinds: Kinds | None = None) -> Tensor:
         """Negative log likelihood in nats per dimension, so that its size is not the robot's."""
         logits, means, scales = self.mixture(hidden)
         z = (target[..., None, :] - means) / scales  # (B, H, K, A)
-        log_density = -(z.square() / 2 + scales.log() + math.log(2 * math.pi) / 2).sum(dim=-1)  # (B, H, K)
+        log_density = -(z.square() / 2 + scales.log() + math.log(2 * math.pi) / 2)  # (B, H, K, A)
+        size: int | Tensor = target.shape[-1]
+        if kinds is not None:
+            log_density = torch.where(kinds.real[:, :, None], log_density, 0)
+            size = kinds.real.sum(dim=-1)  # (B, 1)
+        log_density = log_density.sum(dim=-1)  # (B, H, K)
         log_likelihood = torch.logsumexp(logits.log_softmax(dim=-1) + log_density, dim=-1)  # (B, H)
-        return average(-log_likelihood / target.shape[-1], ignore)
+        return average(-log_likelihood / size, ignore)
 
-    def decode(self, hidden: Tensor, sample: bool = False, prefix: Prefix | None = None) -> Tensor:
+    def decode(
+        self, hidden: Tensor, sample: bool = False, prefix: Prefix | None = None, kinds: Kinds | None = None
+    ) -> Tensor:
         """The mean of the component with the largest weight, or a draw from the mixture.
 
         Not the mean of the mixture, which lies between its modes where nobody ever acted; nor the
@@ -189,7 +227,7 @@ class FlowHead(nn.Module):
 
     def __init__(self, config: ModelConfig, normalizer: Normalizer) -> None:
         super().__init__()
-        action_dim, d_model = len(normalizer.low), config.d_model
+        action_dim, d_model = normalizer.size, config.d_model
         self.steps = config.flow_steps
         self.noisy = nn.Linear(action_dim, d_model)
         self.time = TimeEmbedding(d_model)
@@ -214,20 +252,25 @@ class FlowHead(nn.Module):
         none = torch.zeros_like(tokens[..., 0], dtype=torch.bool)  # (B, H)
         return self.out(self.trunk(Tokens(tokens, none)).x).to(x.dtype)
 
-    def loss(self, hidden: Tensor, target: Tensor, ignore: Tensor) -> Tensor:
+    def loss(self, hidden: Tensor, target: Tensor, ignore: Tensor, kinds: Kinds | None = None) -> Tensor:
         noise, time = torch.randn_like(target), torch.rand_like(target[..., :1])
         time = torch.where(ignore[..., None], 1, time)  # (B, H, 1); a prefix is ignored: no noise on it
+        if kinds is not None:  # what a robot lacks must not speak to the rest of its action
+            noise = torch.where(kinds.real, noise, 0)
         x = (1 - time) * noise + time * target  # (B, H, A)
-        error = (self.velocity(hidden, x, time) - (target - noise)).square().mean(dim=2)  # (B, H)
-        return average(error, ignore)
+        error = (self.velocity(hidden, x, time) - (target - noise)).square()  # (B, H, A)
+        return average(over_dimensions(error, kinds), ignore)
 
-    def decode(self, hidden: Tensor, sample: bool = False, prefix: Prefix | None = None) -> Tensor:
+    def decode(
+        self, hidden: Tensor, sample: bool = False, prefix: Prefix | None = None, kinds: Kinds | None = None
+    ) -> Tensor:
         """Euler's method from the one fixed noise, or (sample) from fresh noise.
 
         Each action takes `flow_steps` steps; the chunk takes those and the last one's delay.
         """
         noise = self.noise[: hidden.shape[1]].expand(len(hidden), -1, -1)  # (B, H, A)
-        x = torch.randn_like(noise) if sample else noise
+        noise = torch.randn_like(noise) if sample else noise
+        x = noise if kinds is None else torch.where(kinds.real, noise, 0)
         actions, committed = prefix or (x, torch.zeros_like(x[..., 0], dtype=torch.bool))
         keep = committed[..., None]  # (B, H, 1)
         x = torch.where(keep, actions, x)
@@ -238,7 +281,10 @@ class FlowHead(nn.Module):
             return torch.where(keep, 1, (i - start).clamp(0, self.steps) / self.steps)  # (B, H, 1)
 
         for i in range(self.steps + lag * (x.shape[1] - 1)):
-            x = x + (clock(i + 1) - clock(i)) * self.velocity(hidden, x, clock(i))
+            velocity = self.velocity(hidden, x, clock(i))
+            if kinds is not None:
+                velocity = torch.where(kinds.real, velocity, 0)
+            x = x + (clock(i + 1) - clock(i)) * velocity
         return x.float()
 
 

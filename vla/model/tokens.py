@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vla.architecture import ModelConfig
-from vla.data.normalize import Normalizer, Statistics
+from vla.data.normalize import MixedStatistics, Normalizer, Statistics
 from vla.model.image import Augment, ImageTokens
 from vla.model.positions import STEPS
 from vla.observation import STATE, Features, Observation, Tokens
@@ -21,7 +21,7 @@ from vla.observation import STATE, Features, Observation, Tokens
 class StateTokens(nn.Module):
     """Proprioception, normalised, through an MLP: one token per observation step."""
 
-    def __init__(self, config: ModelConfig, state_dim: int, statistics: Statistics) -> None:
+    def __init__(self, config: ModelConfig, state_dim: int, statistics: Statistics | MixedStatistics) -> None:
         super().__init__()
         self.normalizer = Normalizer(statistics[STATE], config.normalization)
         self.up = nn.Linear(state_dim, config.d_model)
@@ -29,9 +29,9 @@ class StateTokens(nn.Module):
         steps = config.n_obs_steps
         self.time = STEPS[steps > 1](steps, config.d_model)
 
-    def forward(self, state: Tensor) -> Tensor:
-        """(B, T, P) in robot units -> (B, T, D)."""
-        return self.time(self.out(nn.functional.gelu(self.up(self.normalizer.normalize(state)))))
+    def forward(self, state: Tensor, source: Tensor | None = None) -> Tensor:
+        """(B, T, P) in robot units -> (B, T, D). source: see Observation."""
+        return self.time(self.out(nn.functional.gelu(self.up(self.normalizer.normalize(state, source)))))
 
 
 class MultimodalTokens(nn.Module):
@@ -41,7 +41,7 @@ class MultimodalTokens(nn.Module):
         self,
         config: ModelConfig,
         features: Features,
-        statistics: Statistics,
+        statistics: Statistics | MixedStatistics,
         text_width: int,
         pretrained: bool,
     ) -> None:
@@ -55,7 +55,7 @@ class MultimodalTokens(nn.Module):
         """-> (B, S, D) with its padding: that of the text, and the tokens of cameras that show nothing."""
         image = self.image(observation.images, observation.text, augment)  # (B, V, D)
         text = self.words(observation.text.x)  # (B, L, D)
-        state = self.state(observation.state)  # (B, T, D)
+        state = self.state(observation.state, observation.source)  # (B, T, D)
         parts = [part + self.modality[i] for i, part in enumerate((image, text, state))]
         pads = [self.unseen(image, observation.absent), observation.text.pad, no_pad(state)]
         return Tokens(torch.cat(parts, dim=1), torch.cat(pads, dim=1))

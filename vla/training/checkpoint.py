@@ -3,7 +3,7 @@
     step_00001000/
         config.yaml          the whole job
         features.json        cameras, state and action sizes of the data
-        statistics.json      normalisation
+        statistics.json      normalisation; of a mixture datasets.json, features and statistics of each
         model.safetensors    the averaged weights, adapters merged, which the policy runs
         text/                tokenizer and text encoder, as transformers reads them
         training.safetensors live and frozen weights, optimiser, average, random states: for --resume
@@ -27,25 +27,27 @@ from torch import Tensor
 
 from vla.checks import flat
 from vla.config import ConfigError, Job, LoraConfig, ModelConfig, dump, load
-from vla.data.normalize import Statistics
+from vla.data.normalize import MixedStatistics, Statistics
 from vla.manifest import MANIFEST, CheckpointError, read_manifest, seal, verify
+from vla.model.cut import cut
 from vla.model.lora import is_adapted, merged
 from vla.model.vla import VLA
 from vla.observation import Features
 
 __all__ = [
     "MANIFEST", "CheckpointError", "checkpoints", "find", "load_features", "load_job", "load_model",
-    "load_training", "pretrained_folders", "read_manifest", "require_features", "require_same", "save", "verify",
-    "write_manifest",
+    "load_statistics", "load_training", "pretrained_folders", "read_manifest", "require_features", "require_same",
+    "save", "verify", "write_manifest",
 ]  # fmt: skip
 
 # What decides how training goes on, beside the model, the data and the seed.
 COURSE = ("batch_size", "lr", "init", "warmup_steps", "weight_decay", "betas", "grad_clip", "ema_decay",
           "precision")  # fmt: skip
+STATISTICS, DATASETS = "statistics.json", "datasets.json"
 
 
 def save(
-    folder: Path, step: int, job: Job, model: VLA, statistics: Statistics,
+    folder: Path, step: int, job: Job, model: VLA, statistics: Statistics | MixedStatistics,
     weights: dict[str, Tensor], training: dict[str, Tensor], keep: int,
 ) -> Path:  # fmt: skip
     """Write checkpoint `step` into `folder` and delete all but the newest `keep`.
@@ -75,15 +77,16 @@ def save(
 
 
 def write(
-    folder: Path, job: Job, model: VLA, statistics: Statistics, weights: dict[str, Tensor], text: Path | None
-) -> None:
+    folder: Path, job: Job, model: VLA, statistics: Statistics | MixedStatistics, weights: dict[str, Tensor],
+    text: Path | None,
+) -> None:  # fmt: skip
     """Write what a policy needs, all but the manifest, into an empty folder.
 
     weights: as in `save`; text: where this very text encoder lies already, to be linked from there.
     """
     (folder / "config.yaml").write_text(dump(job))
     (folder / "features.json").write_text(json.dumps(dataclasses.asdict(model.features), indent=2))
-    statistics.save(folder / "statistics.json")
+    statistics.save(folder / (DATASETS if isinstance(statistics, MixedStatistics) else STATISTICS))
     if text:
         shutil.copytree(text, folder / "text", copy_function=_link)
     else:
@@ -154,18 +157,45 @@ def _of_lerobot(folder: Path) -> list[Path]:
     return sorted(steps, key=lambda path: int(path.parent.name), reverse=True)
 
 
-def load_model(path: Path) -> tuple[VLA, Job, Statistics]:
+def load_model(path: Path, dataset: str = "") -> tuple[VLA, Job, Statistics]:
     """Rebuild the network with its averaged weights, on the CPU, from this folder alone.
 
     Low-rank adapters are merged: the network has none, and job.model.lora says what it was trained with.
+    dataset: of a mixture, whose cameras, sizes and statistics the network has; the job is then that
+    dataset's too. Raises CheckpointError when the folder is damaged, and unless `dataset` is one of its own.
     """
     verify(path)
-    job, statistics = load_job(path), Statistics.load(path / "statistics.json")
+    job, statistics, features = load_job(path), load_statistics(path), load_features(path)
     plain = dataclasses.replace(job.model, lora=LoraConfig())
-    return rebuild(path, job, plain, load_features(path), statistics).eval(), job, statistics
+    model = rebuild(path, job, plain, features, statistics)
+    if isinstance(statistics, Statistics):
+        require_name(path, dataset, [])
+        return model.eval(), job, statistics
+    require_name(path, dataset, list(statistics.features))
+    own, cameras = statistics.features[dataset], statistics.features[dataset].cameras
+    if len(cameras) == 1:  # without it the policy is blind
+        job = dataclasses.replace(job, model=dataclasses.replace(job.model, camera_dropout=0.0))
+        plain = dataclasses.replace(plain, camera_dropout=0.0)
+    alone = VLA(plain, own, statistics.statistics[dataset], text_folder=path / "text")
+    alone.load_state_dict(cut(model.state_dict(), plain, features, own))
+    return alone.eval(), job, statistics.statistics[dataset]
 
 
-def rebuild(path: Path, job: Job, config: ModelConfig, features: Features, statistics: Statistics) -> VLA:
+def require_name(path: Path, dataset: str, names: list[str]) -> None:
+    """Raise CheckpointError unless it is one of a mixture's datasets, or none where there is no mixture."""
+    if dataset not in (names or [""]):
+        raise CheckpointError(
+            f"checkpoint {path.name}: got dataset {dataset!r}, expected "
+            + (f"one of {', '.join(names)}, which it was trained on. remedy: say which one's robot it is to act "
+               "for, by --evaluate.dataset=<name> (train, evaluate, explain), --dataset=<name> (export, serve) or "
+               "Policy.load(…, dataset=<name>)."
+               if names else "none, for it was trained on one dataset. remedy: leave it out.")
+        )  # fmt: skip
+
+
+def rebuild(
+    path: Path, job: Job, config: ModelConfig, features: Features, statistics: Statistics | MixedStatistics
+) -> VLA:
     """A network with the weights that a checkpoint deploys, on the CPU; `path` is verified already.
 
     job: the checkpoint's own; config: its network without adapters, or one with the same weights.
@@ -202,9 +232,14 @@ def load_job(path: Path) -> Job:
         ) from None
 
 
+def load_statistics(path: Path) -> Statistics | MixedStatistics:
+    if (path / DATASETS).is_file():
+        return MixedStatistics.load(path / DATASETS)
+    return Statistics.load(path / STATISTICS)
+
+
 def load_features(path: Path) -> Features:
-    sizes = json.loads((path / "features.json").read_text())
-    return Features(**(sizes | {"cameras": {k: tuple(v) for k, v in sizes["cameras"].items()}}))
+    return Features.of_json(json.loads((path / "features.json").read_text()))
 
 
 def require_features(path: Path, features: Features) -> None:
@@ -219,13 +254,13 @@ def require_same(path: Path, job: Job) -> None:
     `steps` stretch the cosine of the learning rate.
     """
     before, now = _course(load_job(path)), _course(job)
-    changed = [name for name in now if now[name] != before[name]]
+    changed = [name for name in {**now, **before} if now.get(name) != before.get(name)]
     if changed:
         raise ConfigError(
             ", ".join(changed),
-            ", ".join(str(now[name]) for name in changed),
-            ", ".join(str(before[name]) for name in changed) + f" as in checkpoint {path.name}",
-            f"resume with the same configuration ({' '.join(f'--{name}={before[name]}' for name in changed)}), or "
+            ", ".join(str(now.get(name)) for name in changed),
+            ", ".join(str(before.get(name)) for name in changed) + f" as in checkpoint {path.name}",
+            f"resume with the same configuration ({' '.join(f'--{name}={before.get(name)}' for name in changed)}), or "
             "choose another output",
         )
 
@@ -233,6 +268,9 @@ def require_same(path: Path, job: Job) -> None:
 def _course(job: Job) -> dict[str, Any]:
     train = {name: getattr(job.train, name) for name in COURSE}
     data = dataclasses.asdict(job.data)
-    del data["root"], data["repo_id"]  # a dataset may move; its statistics tell whether it changed
+    for places in (data, *data["mix"].values()):
+        del places["root"], places["repo_id"]  # a dataset may move; its statistics tell whether it changed
+    if not job.data.stream:
+        del data["cache_mb"]
     parts = {"model": dataclasses.asdict(job.model), "data": data, "train": train}
     return {"seed": job.seed} | flat(parts)
