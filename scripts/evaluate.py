@@ -25,17 +25,27 @@ from vla.config import Job, load
 from vla.evaluation import Evaluation, evaluate
 from vla.evaluation.report import percent, write_report
 from vla.system import require_writable
+from vla.training.ranks import Ranks, launched, start
 
 
 def main(job: Job, checkpoint: Path | None) -> Evaluation:
     """Play the job, write its results and print them; without a checkpoint the expert plays."""
-    policy = None
     require_writable(job.output)
+    if not launched():
+        return main_on(Ranks(), job, checkpoint)
+    ranks = start(job.evaluate.device)
+    with ranks.together("evaluate", lambda: "the same command begins again"):
+        return main_on(ranks, job, checkpoint)
+
+
+def main_on(ranks: Ranks, job: Job, checkpoint: Path | None) -> Evaluation:
+    """What `main` does, on each of the ranks; the first one writes and prints."""
+    policy = None
     metrics = Path(job.output) / "metrics.jsonl"
     if checkpoint is None:
         job = replace(job, output=str(Path(job.output) / "expert"))
     else:
-        policy = load_policy(checkpoint, job)
+        policy = load_policy(checkpoint, job, str(ranks.device or ""))
         policy.require_cameras(set(policy.features.cameras) - set(job.evaluate.without))
         require(
             job.evaluate.ensemble > 0 or job.evaluate.n_action_steps <= policy.chunk_size,
@@ -44,7 +54,9 @@ def main(job: Job, checkpoint: Path | None) -> Evaluation:
         if policy.checkpoint is not None and not metrics.is_file():
             metrics = policy.checkpoint.parent.parent / metrics.name
     folder = Path(job.output)
-    result = evaluate(policy, job)
+    result = evaluate(policy, job, ranks=ranks)
+    if not ranks.main:
+        return result
     data = result.as_dict(folder)
     result.save(folder)
     print(table(data))
@@ -52,15 +64,16 @@ def main(job: Job, checkpoint: Path | None) -> Evaluation:
     return result
 
 
-def load_policy(path: Path, job: Job) -> Any:
-    """Whichever kind of policy the folder holds."""
+def load_policy(path: Path, job: Job, device: str = "") -> Any:
+    """Whichever kind of policy the folder holds. device: the job's when none is given."""
+    device = device or job.evaluate.device
     if of_lerobot(path):
         from vla.lerobot_plugin.adapter import LeRobotPolicy
 
-        return LeRobotPolicy.load(path, job.evaluate.device, job.dataset_root)
+        return LeRobotPolicy.load(path, device, job.dataset_root)
     from vla.export.load import load_policy
 
-    return load_policy(path, job.evaluate.device)
+    return load_policy(path, device, launch=job.evaluate.launch, dataset=job.evaluate.dataset)
 
 
 def of_lerobot(path: Path) -> bool:

@@ -7,44 +7,66 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vla.config import Job, load
 from vla.system import require_writable
+
+if TYPE_CHECKING:
+    from vla.training.ranks import Ranks
 
 OTHER_SCENES = 10_000_000  # a curve that one looks at while tuning must not come from the final scenes
 
 
 def main(job: Job, resume: bool = False) -> Path:
     """Train as `job` says; returns the last checkpoint's folder."""
-    from vla.data.frames import FrameStore
+    from vla.training import checkpoint
+    from vla.training.ranks import start
+
+    require_writable(job.output)
+    ranks = start(job.train.device, job.train)
+
+    def remedy() -> str:
+        written = checkpoint.checkpoints(Path(job.output) / "checkpoints")
+        return f"the same command with --resume goes on from {written[-1] if written else 'the beginning'}"
+
+    with ranks.together("train", remedy):
+        return train_on(ranks, job, resume)
+
+
+def train_on(ranks: Ranks, job: Job, resume: bool) -> Path:
+    """What `main` does, on each of the ranks."""
+    from vla.data.sources import features_for, open_data
     from vla.model.lora import require_adapters
     from vla.training import checkpoint
     from vla.training.loop import train
 
-    require_writable(job.output)
     begin = checkpoint.checkpoints(Path(job.output) / "checkpoints") if resume else []
     if resume and not begin:
-        print(f"train: nothing to resume in {job.output}, beginning")
+        ranks.print(f"train: nothing to resume in {job.output}, beginning")
     if job.train.init and not begin:
         try:
             checkpoint.verify(checkpoint.find(job.train.init))
         except checkpoint.CheckpointError as error:
             raise ValueError(f"train.init: {error}") from error
     require_adapters(job.model.lora)
-    store = FrameStore.open_or_build(job.dataset_root, job.data.repo_id, job.data.cameras)
+    store = open_data(job)
     if not job.train.evaluate_every:
-        return train(job, store, resume)
+        return train(job, store, resume, ranks=ranks)
     from vla.environment import make_env
 
     env, features = make_env(job.env.id, job.env.kwargs)  # may not fit: find out now, not in an hour
     env.close()
-    store.features.require(features, f"The environment {job.env.id}", closed_loop=True)
-    return train(job, store, resume, evaluation_of(job))
+    features_for(store, job.evaluate.dataset).require(
+        features, f"The environment {job.env.id}", closed_loop=True
+    )
+    return train(job, store, resume, evaluation_of(job, ranks), ranks)
 
 
-def evaluation_of(job: Job):
+def evaluation_of(job: Job, ranks: Ranks | None = None):
     """What the loop calls every `train.evaluate_every` steps: a short closed-loop evaluation."""
     from dataclasses import replace
 
@@ -58,8 +80,11 @@ def evaluation_of(job: Job):
             job.evaluate, episodes=job.train.evaluate_episodes, splits=first, controls=False, videos=2,
             seed=job.evaluate.seed + OTHER_SCENES,
         )  # fmt: skip
-        policy = Policy.load(checkpoint, job.train.device)
-        result = evaluate(policy, replace(job, output=str(folder), evaluate=short), progress=False)
+        device = str(ranks.device) if ranks else job.train.device
+        policy = Policy.load(checkpoint, device, dataset=job.evaluate.dataset)
+        result = evaluate(
+            policy, replace(job, output=str(folder), evaluate=short), progress=False, ranks=ranks
+        )
         return {"success": result.success_rate}, sorted(folder.rglob("*.mp4"))
 
     return run
@@ -70,7 +95,9 @@ if __name__ == "__main__":
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
     try:
-        print(f"checkpoint: {main(load(Job, arguments), resume='--resume' in sys.argv)}")
+        last = main(load(Job, arguments), resume="--resume" in sys.argv)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"checkpoint: {last}")
     except (
         ValueError,
         RuntimeError,

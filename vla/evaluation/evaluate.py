@@ -19,7 +19,8 @@ from vla.evaluation.slot import Setup
 from vla.evaluation.summary import summarise
 from vla.observation import Features
 from vla.provenance import machine, portable, versions
-from vla.system import sha256
+from vla.system import cores, sha256
+from vla.training.ranks import Ranks
 
 VIDEOS = "videos"
 RESULT = "evaluation.json"
@@ -102,16 +103,20 @@ class Evaluation:
         return {"type": self.policy_type, "path": name, "sha256": sha256(weights) if weights else None}
 
 
-def evaluate(policy: ChunkPolicy | None, job: Job, *, progress: bool = True) -> Evaluation:
+def evaluate(
+    policy: ChunkPolicy | None, job: Job, *, progress: bool = True, ranks: Ranks | None = None
+) -> Evaluation:
     """Play the job's episodes in closed loop and count successes.
 
     policy: None has the environment's own expert play through the same machinery.
     Films, job.evaluate.videos of each split, go to <job.output>/videos, in the place of those that
     the evaluation.json there lists; nothing else is written.
+    ranks: the processes that do this together, each in slots of its own; all call it alike, and get all
+    rows. An episode's result then depends on their number in the last bits, as it does on the slots.
     Raises ValueError, before anything is played or removed, when the environment of a split is not
     to be found or does not fit the policy; EnvironmentCrash when it fails on the way.
     """
-    config, folder = job.evaluate, Path(job.output)
+    config, folder, ranks = job.evaluate, Path(job.output), ranks or Ranks()
     if policy is not None:
         require(
             set(config.without) < set(policy.features.cameras) or not config.without,
@@ -119,7 +124,8 @@ def evaluate(policy: ChunkPolicy | None, job: Job, *, progress: bool = True) -> 
         )  # fmt: skip
     start = time.perf_counter()
     todo = plan.standard_episodes(config)
-    n_slots = min(config.slots, len(todo))
+    mine = ranks.mine(todo)
+    n_slots = max(1, min(config.slots, len(mine)))
     schedules = [
         Receding(config.n_action_steps) if policy is None else make_schedule(config, policy.chunk_size)
         for _ in range(n_slots)
@@ -136,21 +142,31 @@ def evaluate(policy: ChunkPolicy | None, job: Job, *, progress: bool = True) -> 
     )
 
     def controls(rows: list[Row]) -> list[plan.Episode]:
-        return plan.control_episodes(rows, film=config.videos // 2, policy_reads=policy is not None)
+        begun = in_order(ranks.gather(rows), todo)
+        todo.extend(plan.control_episodes(begun, film=config.videos // 2, policy_reads=policy is not None))
+        return ranks.mine(todo[len(begun) :])
 
-    with Workers(config.workers, n_slots, setup) as workers:
+    with Workers(config.workers or max(1, cores() // ranks.beside), n_slots, setup) as workers:
         if policy is not None:
             policy.features.require(workers.features, f"The environment {job.env.id}", closed_loop=True)
-        remove_films(folder)
+        if ranks.main:
+            remove_films(folder)
+        ranks.wait()
         rollouts = Rollouts(workers, schedules, policy, folder, config.without)
-        rows = rollouts.play(todo, controls if config.controls else None, progress)
-        film_failures(rollouts, rows, config.videos // 2)
+        rows = rollouts.play(mine, controls if config.controls else None, progress and ranks.main)
+        rows = in_order(ranks.gather(rows), todo)
+        film_failures(rollouts, rows, config.videos // 2, ranks)
     rollouts.clock.wall_s = time.perf_counter() - start
+    clock, n_workers = Clock.of(ranks.gather([rollouts.clock])), sum(ranks.gather([workers.n]))
     checkpoint = getattr(policy, "checkpoint", None)
     kind = getattr(policy, "type", "vla")
-    return Evaluation(
-        rows, rollouts.clock, job, workers.features, checkpoint, policy is None, workers.n, kind
-    )
+    return Evaluation(rows, clock, job, workers.features, checkpoint, policy is None, n_workers, kind)
+
+
+def in_order(rows: list[Row], episodes: list[plan.Episode]) -> list[Row]:
+    """The rows in the order of their episodes, whoever played them."""
+    played = {row.episode: row for row in rows}
+    return [played[episode] for episode in episodes]
 
 
 def remove_films(folder: Path) -> None:
@@ -164,11 +180,12 @@ def remove_films(folder: Path) -> None:
         (folder / VIDEOS / film).unlink(missing_ok=True)
 
 
-def film_failures(rollouts: Rollouts, rows: list[Row], count: int) -> None:
+def film_failures(rollouts: Rollouts, rows: list[Row], count: int, ranks: Ranks) -> None:
     """Play some failed episodes again, filmed. A film is kept where the failure repeats itself:
     a batch of other neighbours can change the last bits of a prediction, and with them the end.
     """
     originals = {row.scene: row for row in rows if row.episode.control == plan.STANDARD}
-    for row in rollouts.play(plan.failures_to_film(rows, count), progress=False):
+    again = rollouts.play(ranks.mine(plan.failures_to_film(rows, count)), progress=False)
+    for row in ranks.gather(again):
         if not row.success:
             originals[row.scene].video = row.video

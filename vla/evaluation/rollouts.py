@@ -54,6 +54,16 @@ class Clock:
     env_steps: int = 0
     policy_calls: int = 0
 
+    @classmethod
+    def of(cls, clocks: list[Clock]) -> Clock:
+        """Of several processes side by side: seconds are the mean, counts the sum."""
+        wall, env, policy = (
+            sum(getattr(clock, name) for clock in clocks) / len(clocks)
+            for name in ("wall_s", "env_s", "policy_s")
+        )
+        steps, calls = sum(c.env_steps for c in clocks), sum(c.policy_calls for c in clocks)
+        return cls(wall, env, policy, steps, calls)
+
 
 class Rollouts:
     """Plays episodes in the slots of `workers`. Without a policy the environment's expert plays.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vla.environment import enable_images, make_env
+from vla.environment import enable_images, enable_last_images, make_env
 from vla.evaluation.episodes import Episode
 from vla.evaluation.video import Film
 from vla.observation import ACTION, IMAGES, IS_SUCCESS, STATE, TASK, Features
@@ -107,6 +107,7 @@ class Slot:
             name = re.sub(r"[^\w.-]+", "_", episode.name)
             self.film = Film(self.setup.films / f"{name}.mp4", self.fps)
             self._picture(observation)
+        enable_last_images(self.env, self._filmed_by_camera)
         others = [str(text) for text in info.get("alternatives", ())]
         return Sight(self.task, str(info.get("skill", "")), others)
 
@@ -118,7 +119,7 @@ class Slot:
         env, done, success = self.env, False, False
         assert env is not None
         unseen = self.setup.n_action_steps - (0 if self.setup.expert else self.setup.n_obs_steps)
-        filmed_by_camera = self.film is not None and env.render_mode != "rgb_array"
+        filmed_by_camera = self._filmed_by_camera
         low, high = env.action_space.low, env.action_space.high
         for number in range(self.setup.n_action_steps):
             seen = number >= unseen or filmed_by_camera
@@ -142,6 +143,11 @@ class Slot:
         """Close the episode's film, if there is one."""
         film, self.film = self.film, None
         return film.close() if film is not None else None
+
+    @property
+    def _filmed_by_camera(self) -> bool:
+        """Whether the film shows what the policy sees, since the environment has nothing better."""
+        return self.film is not None and self.env.render_mode != "rgb_array"
 
     def _picture(self, observation: dict[str, np.ndarray]) -> None:
         env, film = self.env, self.film

@@ -54,6 +54,16 @@ class Tracker:
             self.run.finish()
 
 
+class Silent:
+    """The tracker of a rank that writes nothing."""
+
+    def log(self, step: int, **numbers: float) -> None: ...
+
+    def log_videos(self, step: int, paths: list[Path]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def _is_kept(row: str, step: int) -> bool:
     try:
         return json.loads(row)["step"] <= step
