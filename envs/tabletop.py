@@ -20,6 +20,8 @@ from vla.observation import ACTION, IMAGES, IS_SUCCESS, STATE, TASK
 
 CAMERAS = ("front", "wrist")
 STATE_DIM = 11
+PERIODS = 2  # of physics, in which a command is held
+DONE = np.arange(PERIODS, SUBSTEPS + 1, PERIODS)[:, None] / SUBSTEPS  # of the way to a pose, at each command
 # The entries of the action by names of LeRobot's kind.
 ACTION_NAMES = ("x.vel", "y.vel", "z.vel", "yaw.vel", "gripper.pos")
 
@@ -99,6 +101,7 @@ class Tabletop(gym.Env[dict[str, Any], np.ndarray]):
         self.max_steps, self.row, self.commanded = max_steps, row, commanded
         self.pixels, self.render_pixels, self.render_mode = int(pixels), int(render_pixels), render_mode
         self.images_enabled = True
+        self.images_at_end = True  # whether the observation that ends an episode shows a new picture
         self.model = build()
         self.data = mujoco.MjData(self.model)
         self.world = World(self.model, self.data)
@@ -150,7 +153,8 @@ class Tabletop(gym.Env[dict[str, Any], np.ndarray]):
         success, failure = self.judge()
         terminated = success or failure
         truncated = not terminated and self._steps >= self.limit
-        return self._observe(), float(success), terminated, truncated, self._info(success)
+        shown = self.images_at_end or not (terminated or truncated)
+        return self._observe(shown), float(success), terminated, truncated, self._info(success)
 
     def render(self) -> np.ndarray:
         """(render_pixels, render_pixels, 3) uint8 of the whole arm, for videos; no policy sees it."""
@@ -293,14 +297,15 @@ class Tabletop(gym.Env[dict[str, Any], np.ndarray]):
         self._grip = float(action[4])
         end = arm.inverse(self._commanded, self._yaw)
         self.data.ctrl[self.finger_servos] = arm.opening(self._grip)
-        for part in range(2, SUBSTEPS + 2, 2):
-            self.data.ctrl[self.arm_servos] = start + (end - start) * (part / SUBSTEPS)
-            mujoco.mj_step(self.model, self.data, 2)
+        for target in start + (end - start) * DONE:
+            self.data.ctrl[self.arm_servos] = target
+            mujoco.mj_step(self.model, self.data, PERIODS)
         mujoco.mj_forward(self.model, self.data)  # poses and contacts of the state that is shown
         self.world.moved()
 
-    def _observe(self) -> dict[str, np.ndarray]:
-        if self.images_enabled:
+    def _observe(self, shown: bool = True) -> dict[str, np.ndarray]:
+        """State and pictures; without `images_enabled` or `shown`, the pictures of an earlier observation."""
+        if self.images_enabled and shown:
             self._images = {IMAGES + n: self.view.picture(self.data, n, self.pixels) for n in self.cameras}
         return {name: image.copy() for name, image in self._images.items()} | {STATE: self.state()}
 

@@ -30,11 +30,18 @@ class Stage:
     needs: tuple[str, ...] = ()  # packages beside torch, timm, transformers
 
 
+def benchmark(what: str, minutes: float, *needs: str) -> Stage:
+    """What scripts/benchmark.py measures; peers whose packages are missing are left out there."""
+    return Stage(("scripts/benchmark.py", what, "--device=cuda", "--output={state}"), minutes, needs)
+
+
 STAGES = {
-    "attention": Stage(("scripts/benchmark.py", "attention", "--output={state}"), 4),
-    "latency": Stage(
-        ("scripts/latency.py", "{checkpoint}", "--device=cuda", "--n=2000", "--results={state}/latency_gpu.json"), 2
-    ),
+    "training": benchmark("training", 9),
+    "inference": benchmark("inference", 9),
+    "scaling": benchmark("scaling", 9),
+    "simulation": benchmark("simulation", 9, "mujoco"),
+    "data": benchmark("data", 8, "lerobot", "mujoco"),
+    "attention": benchmark("attention", 4),
     "roundtrip": Stage(("scripts/roundtrip.py", "--results={state}/roundtrip_gpu.json"), 2, ("websockets", "msgspec")),
     "control": Stage(
         ("scripts/control.py", "configs/control/tabletop.yaml", "--checkpoint={checkpoint}", "--device=cuda",
@@ -120,7 +127,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="for all stages of this call together")
     parser.add_argument("--state", type=Path, default=Path("outputs/gpu"))
-    parser.add_argument("--checkpoint", default="outputs/quickstart", help="for latency and control")
+    parser.add_argument("--checkpoint", default="outputs/quickstart", help="for control")
     a = parser.parse_args()
     if unknown := set(a.stages) - set(STAGES):
         sys.exit(

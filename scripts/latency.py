@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks.common import markdown, row, take_turns
 
 from vla.export.load import is_export, load_policy
 from vla.provenance import machine, versions
@@ -30,24 +29,29 @@ def main(checkpoint: str, exports: list[str], n: int, threads: int, device: str)
     """Samples of every candidate. Raises ValueError for a folder that is none."""
     import torch
 
+    from vla.policy import Policy
+    from vla.training.checkpoint import find, load_model
+
     if threads:
         torch.set_num_threads(threads)
-    policies = {}
+    model, trained, _ = load_model(find(checkpoint))
+    policies: dict[str, Any] = {}
     for precision in ("fp32", "auto"):
-        policy: Any = load_policy(checkpoint, device, threads)
-        policy.job = replace(policy.job, train=replace(policy.job.train, precision=precision))
-        policies[f"torch, {precision if precision == 'fp32' else 'own precision'}"] = policy
+        job = replace(trained, train=replace(trained.train, precision=precision))
+        name = f"torch, {precision if precision == 'fp32' else 'own precision'}"
+        policies[name] = Policy(model, job, device)
     for folder in exports:
         if not is_export(Path(folder)):
             raise ValueError(
                 f"export: got {folder!r}, expected a folder by scripts/export.py. remedy: export first."
             )
         policies[Path(folder).name] = load_policy(folder, device, threads)
-    samples = take_turns({name: call(policy) for name, policy in policies.items()}, n)
-    rows = [{"name": name, **figures(times), "samples_ms": times} for name, times in samples.items()]
-    peer = rows[0]["p50_ms"]
-    for row in rows:
-        row |= {"ratio_to_peer": row["p50_ms"] / peer, "peer": rows[0]["name"]}
+    samples = take_turns({name: call(policy) for name, policy in policies.items()}, n, WARM)
+    first = next(iter(samples))
+    rows = [
+        row(name, {"threads": threads}, times, peer=first, peer_ms=samples[first]) | {"max_ms": max(times)}
+        for name, times in samples.items()
+    ]
     parameters = sum(p.numel() for p in policies["torch, fp32"].model.parameters())
     return {
         "checkpoint": Path(checkpoint).name, "params": parameters, "threads": threads, "n": n, "device": device,
@@ -63,37 +67,17 @@ def call(policy: Any) -> Callable[[], None]:
     return lambda: policy.predict_chunk(images, state, ["press the red button"])
 
 
-def take_turns(candidates: dict[str, Callable[[], None]], n: int) -> dict[str, list[float]]:
-    """Milliseconds of every candidate in every round."""
-    names = list(candidates)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(WARM + n):
-        shift = turn % len(names)  # nobody always follows the same one
-        for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
-            candidates[name]()
-            if turn >= WARM:
-                times[name].append(1000 * (time.perf_counter() - start))
-    return times
-
-
-def figures(times: list[float]) -> dict[str, float]:
-    q = np.quantile(times, [0.99, 0.999])
-    return {
-        "n": len(times),
-        "p50_ms": statistics.median(times),
-        "p99_ms": q[0],
-        "p999_ms": q[1],
-        "max_ms": max(times),
-    }
-
-
 def table(result: dict[str, Any]) -> str:
-    lines = ["| path | p50 | p99 | p99.9 | max | against the first |", "|---|---|---|---|---|---|"]
-    for r in result["rows"]:
-        ms = " | ".join(f"{r[name]:.2f} ms" for name in ("p50_ms", "p99_ms", "p999_ms", "max_ms"))
-        lines.append(f"| {r['name']} | {ms} | {r['ratio_to_peer']:.2f}× |")
-    return "\n".join(lines)
+    names = ("p50_ms", "p99_ms", "p999_ms", "max_ms")
+    lines = [
+        [
+            r["name"],
+            *[f"{r[name]:.2f} ms" if name in r else "" for name in names],
+            f"{r['ratio_to_peer']:.2f}×",
+        ]
+        for r in result["rows"]
+    ]
+    return markdown(["path", "p50", "p99", "p99.9", "max", "against the first"], lines)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic, and that it runs."""
+"""The benchmarks' arithmetic, and that attention and data run."""
 
 from __future__ import annotations
 
@@ -7,55 +7,109 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from load_script import load_script
+from load_script import SCRIPTS, load_script
 from test_data import make_store
 
 from vla.data.samples import Samples
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "benchmark.py"
+if str(SCRIPTS) not in sys.path:
+    sys.path.append(str(SCRIPTS))
+
+from benchmarks import attention, common, data  # pyright: ignore[reportMissingImports]
+
+SCRIPT = SCRIPTS / "benchmark.py"
+RESULTS = SCRIPTS.parent / "results"
+OPTIONS = common.Options(quick=True, device="cpu", output=Path("results"), peers=True)
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    return load_script("benchmark")
+def test_a_row_is_of_the_samples_and_of_the_peer_in_the_same_round() -> None:
+    row = common.row("ours", {"batch": 4}, [1.0, 2.00004, 30.0], 4, "theirs", [2.0, 1.0, 10.0])
+    assert row["n"] == 3
+    assert row["p50_ms"] == 2.00004
+    assert row["p99_ms"] == pytest.approx(29.44, abs=1e-2)
+    assert row["items_per_s"] == pytest.approx(2000, rel=1e-4)
+    assert (row["peer"], row["ratio_to_peer"]) == ("theirs", pytest.approx(2.0, rel=1e-4))
+    assert row["samples_ms"] == [1.0, 2.0, 30.0]
+    assert not {"p999_ms", "items_per_s", "peer"} & set(common.row("alone", {}, [4.0]))
+    assert common.row("many", {}, [1.0] * 999 + [9.0])["p999_ms"] == pytest.approx(1.0, abs=0.1)
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        common.row("ours", {}, [1.0, 2.0], peer_ms=[1.0])
 
 
-def test_timing_is_of_the_samples_and_of_the_peer_in_the_same_round(benchmark: ModuleType) -> None:
-    row = benchmark.timing([1.0, 2.0, 30.0], [2.0, 1.0, 10.0])
-    assert row["median_s"] == 2.0
-    assert row["p10_s"] == pytest.approx(1.2)
-    assert row["p90_s"] == pytest.approx(24.4)
-    assert row["ratio_to_peer"] == 2.0
-    assert row["samples_s"] == [1.0, 2.0, 30.0]
-    assert benchmark.timing([4.0], [2.0])["p90_s"] == 4.0
-
-
-def test_candidates_take_turns_and_the_first_call_does_not_count(benchmark: ModuleType) -> None:
+def test_candidates_take_turns_and_the_first_calls_do_not_count() -> None:
     calls: list[str] = []
-    times = benchmark.take_turns({name: lambda name=name: calls.append(name) for name in "abc"}, 2)
+    times = common.take_turns({name: lambda name=name: calls.append(name) for name in "abc"}, 2, warm=1)
     assert "".join(calls) == "abc" + "bca" + "cab"
     assert {name: len(samples) for name, samples in times.items()} == {"a": 2, "b": 2, "c": 2}
 
 
+def test_a_peer_without_its_package_is_left_out_aloud(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not common.without("torch's", "torch")
+    assert capsys.readouterr().out == ""
+    assert common.without("theirs", "torch", "no_such_package")
+    assert capsys.readouterr().out == "theirs: left out, needs no_such_package\n"
+
+
+def test_a_table() -> None:
+    assert common.markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+@pytest.mark.parametrize(
+    ("what", "options", "says"),
+    [
+        ("nonsense", OPTIONS, "what: got 'nonsense', expected one of attention, .*remedy"),
+        ("data", common.Options(True, "cpu", Path("/proc/nowhere"), True), "output: got .*remedy"),
+        ("data", common.Options(True, "cuda:99", Path("results"), True), "device: got 'cuda:99'.*remedy"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(what: str, options: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        load_script("benchmark").main(what, options)
+
+
+@pytest.mark.parametrize(("gpu", "name"), [(None, "2x_amd_epyc"), ("NVIDIA H200", "nvidia_h200")])
+def test_a_result_says_what_it_was_measured_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gpu: str, name: str
+) -> None:
+    """In its name the GPU, if that was used."""
+    import vla.provenance
+
+    found = {"cpu": "AMD EPYC", "cores": 2, "gpu": "NVIDIA H200"}
+    monkeypatch.setattr(vla.provenance, "machine", lambda: dict(found))
+    options = common.Options(True, "cuda:0" if gpu else "cpu", tmp_path, False)
+    rows = [common.row("ours", {}, [1.0])]
+    path = load_script("benchmark").save("scaling", options, rows, "| a |")
+    assert path == tmp_path / f"benchmark_scaling_{name}.json"
+    assert capsys.readouterr().out == f"| a |\n\nbenchmark: {path}\n"
+    measured = json.loads(path.read_text())
+    assert (
+        measured["command"]
+        == f"python scripts/benchmark.py scaling --device={options.device} --quick --no-peers"
+    )
+    assert measured["options"] == {"quick": True, "device": options.device, "peers": False}
+    assert measured["machine"]["threads"] == torch.get_num_threads()
+    assert measured["rows"] == rows
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_peak_memory_is_what_a_call_held_at_once(benchmark: ModuleType) -> None:
+def test_peak_memory_is_what_a_call_held_at_once() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def run() -> None:
         for _ in range(3):
             torch.ones(80, 10**6, dtype=torch.uint8, device=device)  # one at a time
 
-    assert 75 < benchmark.peak_memory_mb(run) < 120
+    assert 75 < common.peak_memory_mb(run, device) < 120
 
 
-def test_the_formula_is_the_fused_kernel(benchmark: ModuleType) -> None:
-    x = torch.randn(1, 20, benchmark.D_MODEL)
-    formula, full = (benchmark.attention_layer(kind, 20) for kind in ("formula", "full"))
+def test_the_formula_is_the_fused_kernel() -> None:
+    x = torch.randn(1, 20, attention.D_MODEL)
+    formula, full = (attention.layer(kind, 20) for kind in ("formula", "full"))
     assert type(formula) is not type(full)
     torch.testing.assert_close(formula(x, x), full(x, x))
 
@@ -75,7 +129,7 @@ def items(chunk: int) -> list[dict[str, Any]]:
 
 
 def test_readers_that_give_other_items_are_not_timed() -> None:
-    data, store = load_script("benchmark_data"), make_store()
+    store = make_store()
     assert data.largest_difference(store, items(4), 4, len(store)) == 0
     floats = [
         item | {"observation.images.front": item["observation.images.front"] / 255} for item in items(4)
@@ -93,10 +147,35 @@ def test_readers_that_give_other_items_are_not_timed() -> None:
         data.largest_difference(store, other, 4, 2)
 
 
+def test_a_candidates_samples_are_held_against_the_peers_of_their_round() -> None:
+    assert data.beside("frame store", [1.0] * 6, [5.0, 7.0]) == [5.0] * 3 + [7.0] * 3
+    assert data.beside("LeRobotDataset, PIL, 2 workers", [1.0] * 3, [5.0, 7.0]) == [6.0] * 3
+
+
+def check(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """That a row's figures are of its samples."""
+    assert row["n"] == len(row["samples_ms"]) > 0
+    assert 0 < row["p50_ms"] <= row["p99_ms"]
+    assert row["p50_ms"] == pytest.approx(float(np.median(row["samples_ms"])), abs=1e-4)
+    if "peer" in row:
+        assert row["peer"] in {other["name"] for other in rows}
+        assert row["ratio_to_peer"] > 0
+        assert row["name"] != row["peer"] or row["ratio_to_peer"] == 1.0
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("benchmark_*.json")), ids=lambda path: path.stem)
+def test_published_rows_are_what_their_samples_say(path: Path) -> None:
+    measured = json.loads(path.read_text())
+    assert {"machine", "versions", "command", "options", "rows"} <= set(measured)
+    assert not measured["options"]["quick"]
+    for row in measured["rows"]:
+        check(row, measured["rows"])
+
+
 def measure(name: str, output: Path) -> tuple[list[dict[str, Any]], str]:
     """The rows and the printed table of a quick run."""
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), name, "--quick", "--output", str(output)],
+        [sys.executable, str(SCRIPT), name, "--quick", "--device=cpu", "--output", str(output)],
         capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1", "SVT_LOG": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -105,6 +184,8 @@ def measure(name: str, output: Path) -> tuple[list[dict[str, Any]], str]:
     measured = json.loads(path.read_text())
     assert measured["machine"]["threads"] == 1
     assert measured["versions"]["torch"] == torch.__version__.partition("+")[0]
+    for row in measured["rows"]:
+        check(row, measured["rows"])
     return measured["rows"], done.stdout
 
 
@@ -112,13 +193,11 @@ def measure(name: str, output: Path) -> tuple[list[dict[str, Any]], str]:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_attention_is_measured(tmp_path: Path) -> None:
     measured, printed = measure("attention", tmp_path)
-    rows = {(row["name"], row["pass"]): row for row in measured}
+    rows = {(row["name"], row["params"]["pass"]): row for row in measured}
     kinds = {"formula", "full", "window", "linformer", "lsh"}
     assert set(rows) == {(kind, way) for kind in kinds for way in ("forward", "both")}
-    for (kind, _), row in rows.items():
+    for row in rows.values():
         assert row["peer"] == "full"
-        assert row["median_s"] > 0
-        assert (row["ratio_to_peer"] == 1.0) == (kind == "full")
         assert row["peak_memory_mb"] >= 0
         assert f"{row['ratio_to_peer']:.2f}×" in printed
 
@@ -126,18 +205,17 @@ def test_attention_is_measured(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_reading_data_is_measured(tmp_path: Path) -> None:
     measured, printed = measure("data", tmp_path)
-    read = [row for row in measured if "median_ms" in row]
     built = [row for row in measured if row["name"] == "building the store"]
-    assert {row["storage"] for row in read} == {row["storage"] for row in built}
-    assert len({row["storage"] for row in read}) == len(built) == 3
+    read = [row for row in measured if row not in built]
+    storages = {row["params"]["storage"] for row in read}
+    assert storages == {row["params"]["storage"] for row in built}
+    assert len(storages) == len(built) == 3
     for row in built:
-        assert row["frames_per_s"] == pytest.approx(row["frames"] / row["seconds"])
+        assert row["items_per_s"] == pytest.approx(1000 * row["params"]["frames"] / row["p50_ms"])
     for row in read:
-        assert row["n"] == len(row["samples_ms"]) > 0
-        assert row["samples_per_s"] == pytest.approx(1000 * row["batch"] / row["median_ms"])
-        [peer] = [p for p in read if (p["name"], p["storage"]) == (row["peer"], row["storage"])]
-        assert row["ratio_to_peer"] == pytest.approx(row["samples_per_s"] / peer["samples_per_s"])
-        assert row.get("decoder", "").startswith("torchcodec") or row.get("largest_difference", 0) == 0
-        assert f"{row['ratio_to_peer']:.2f}×" in printed
-    names = {row["name"] for row in read if row["storage"] == "images"}
+        params = row["params"]
+        assert row["items_per_s"] == pytest.approx(1000 * params["batch"] / row["p50_ms"])
+        assert params.get("decoder", "").startswith("torchcodec") or params.get("largest_difference", 0) == 0
+        assert f"{1 / row['ratio_to_peer']:,.2f}×" in printed
+    names = {row["name"] for row in read if row["params"]["storage"] == "images"}
     assert names == {"frame store", "LeRobotDataset, PIL", "LeRobotDataset, PIL, 2 workers"}

@@ -17,6 +17,14 @@ def enable_images(env: Any, enabled: bool) -> None:
         env.unwrapped.images_enabled = enabled
 
 
+def enable_last_images(env: Any, enabled: bool) -> None:
+    """Have an environment render the observation that ends an episode, which no policy is shown, or not, where
+    it offers the choice (`images_at_end`).
+    """
+    if hasattr(env.unwrapped, "images_at_end"):
+        env.unwrapped.images_at_end = enabled
+
+
 def make_env(env_id: str, kwargs: dict[str, Any], render: bool = False) -> tuple[gym.Env, Features]:
     """Make an environment by its id (`module:Id-v0`), and read its sizes and control rate.
 

@@ -1,4 +1,4 @@
-"""What `python scripts/benchmark.py data` measures: training batches from the frame store and from LeRobot's reader.
+"""Training batches from the frame store and from LeRobot's reader.
 
 The same recorded frames of the tabletop, stored as images (PNG in parquet), as LeRobot's default video (AV1) and
 as this project's (H.264), are read at random in batches, each with chunks of actions: by the frame store, and by
@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
-Row = dict[str, Any]
+from benchmarks.common import Options, Row, markdown, milliseconds, row
+
 Samples = dict[str, list[float]]
 
-STORE, PEER = "frame store", "LeRobotDataset"
+STORE, PEER, BUILDING = "frame store", "LeRobotDataset", "building the store"
 STORAGES = {"images": "", "video, AV1": "libsvtav1", "video, H.264": "h264"}  # name -> codec
 EPISODE = 100  # frames
 OFTEN = 10  # batches of the store in a turn; one of LeRobot's takes longer than all of them
@@ -48,12 +49,12 @@ class Size:
 QUICK = Size(pixels=(64,), chunks=(4,), batch=4, episodes=1, rounds=(2, 2), worker_rounds=1)
 
 
-def data(quick: bool) -> tuple[list[Row], str]:
-    """Building times and batches of every storage, size and chunk, and a table of them."""
+def run(options: Options) -> list[Row]:
+    """Building times and batches of every storage, size and chunk."""
     import torch
 
     torch.set_num_threads(1)
-    size, rows = QUICK if quick else Size(), []
+    size, rows = QUICK if options.quick else Size(), []
     with TemporaryDirectory(prefix="vla-benchmark-") as folder:
         for pixels in size.pixels:
             frames = record(pixels, size.episodes)
@@ -61,7 +62,7 @@ def data(quick: bool) -> tuple[list[Row], str]:
                 root = Path(folder) / f"{pixels} {storage}"
                 write(root, storage, frames, pixels)
                 rows += measure(root, {"storage": storage, "pixels": pixels}, size)
-    return rows, table(rows)
+    return rows
 
 
 def measure(root: Path, what: Row, size: Size) -> list[Row]:
@@ -70,9 +71,8 @@ def measure(root: Path, what: Row, size: Size) -> list[Row]:
 
     start = time.perf_counter()
     store = FrameStore.open_or_build(root)
-    built = time.perf_counter() - start
-    speed = {"seconds": built, "frames": len(store), "frames_per_s": len(store) / built}
-    rows = [{"name": "building the store"} | what | speed]
+    built = 1000 * (time.perf_counter() - start)
+    rows = [row(BUILDING, what | {"frames": len(store)}, [built], len(store))]
     decoders = ["PIL"] if what["storage"] == "images" else available_decoders()
     peer = f"{PEER}, {decoders[-1]}"  # torchcodec where it loads, which is what LeRobot takes then
     datasets = {
@@ -89,10 +89,21 @@ def measure(root: Path, what: Row, size: Size) -> list[Row]:
             notes |= {f"{PEER}, {decoder}": note, f"{PEER}, {decoder}, {WORKERS} workers": note}
         times_by_name = alternate(store, readers, chunk, size) | samples[chunk]
         for name, times in times_by_name.items():
-            row = {"name": name} | what | {"chunk": chunk, "batch": size.batch} | notes[name]
-            ratio = {"ratio_to_peer": float(np.median(times_by_name[peer]) / np.median(times)), "peer": peer}
-            rows.append(row | figures(times, size.batch) | ratio | {"samples_ms": times})
+            params = what | {"chunk": chunk, "batch": size.batch} | notes[name]
+            against = beside(name, times, times_by_name[peer])
+            rows.append(row(name, params, times, size.batch, peer, against))
     return rows
+
+
+def beside(name: str, times: list[float], peer: list[float]) -> list[float]:
+    """The peer's sample for each of a candidate's.
+
+    Of the same round where both took turns, in which the store had OFTEN of them; workers, which ran apart, are
+    held against the peer's median.
+    """
+    if "workers" in name:
+        return [float(np.median(peer))] * len(times)
+    return [sample for sample in peer for _ in range(len(times) // len(peer))]
 
 
 def record(pixels: int, episodes: int) -> list[list[dict[str, Any]]]:
@@ -173,17 +184,17 @@ def largest_difference(store: Any, reader: Any, chunk: int, batch: int, toleranc
     index = torch.randperm(len(store), generator=torch.Generator().manual_seed(0))[:batch]
     index[-1] = len(store) - 1  # a chunk that is padding but for its first action
     ours, largest = Samples(store, chunk).batch(index), 0
-    for row, i in enumerate(index.tolist()):
+    for number, i in enumerate(index.tolist()):
         item = reader[i]
         picture = item["observation.images.front"]
         if picture.is_floating_point():  # of images, whatever return_uint8 says
             picture = (picture * 255).round().to(torch.uint8)
-        largest = max(largest, int((ours.images["front"][row, 0].int() - picture.int()).abs().max()))
+        largest = max(largest, int((ours.images["front"][number, 0].int() - picture.int()).abs().max()))
         same = {
-            "observation.state": torch.equal(ours.state[row, 0], item["observation.state"]),
-            "action": torch.equal(ours.action[row], item["action"]),
-            "action_is_pad": torch.equal(ours.action_is_pad[row], item["action_is_pad"]),
-            "task": store.tasks[int(ours.task[row])] == item["task"],
+            "observation.state": torch.equal(ours.state[number, 0], item["observation.state"]),
+            "action": torch.equal(ours.action[number], item["action"]),
+            "action_is_pad": torch.equal(ours.action_is_pad[number], item["action_is_pad"]),
+            "task": store.tasks[int(ours.task[number])] == item["task"],
             "image": largest <= tolerance,
         }
         if not all(same.values()):
@@ -245,33 +256,31 @@ def with_workers(readers: dict[str, Any], size: Size) -> Samples:
     return samples
 
 
-def milliseconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return 1000 * (time.perf_counter() - start)
-
-
-def figures(times: list[float], batch: int) -> Row:
-    """Of a batch in milliseconds, and samples a second at the median."""
-    median, p99 = np.quantile(times, (0.5, 0.99)).tolist()
-    return {"n": len(times), "median_ms": median, "p99_ms": p99, "samples_per_s": 1000 * batch / median}
-
-
 def table(rows: list[Row]) -> str:
-    """A line for each way to read, with its ratio to LeRobot's reader in one process; then the building."""
-    lines = ["| storage | px | chunk | reader | samples/s | batch p50 | p99 | n | ratio |", "|---" * 9 + "|"]
-    for row in rows:
-        if "median_ms" in row:
-            where = f"| {row['storage']} | {row['pixels']} | {row['chunk']} | {row['name']} "
-            times = f"| {row['samples_per_s']:,.0f} | {row['median_ms']:.2f} ms | {row['p99_ms']:.2f} ms "
-            lines.append(f"{where}{times}| {row['n']} | {row['ratio_to_peer']:.2f}× |")
-    lines += ["", "| building | px | frames | seconds | frames/s |", "|---" * 5 + "|"]
-    for row in rows:
-        if "seconds" in row:
-            took = f"{row['seconds']:.2f} | {row['frames_per_s']:,.0f}"
-            lines.append(f"| {row['storage']} | {row['pixels']} | {row['frames']} | {took} |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print("usage: python scripts/benchmark.py data [--quick]")
+    """A line for each way to read, held against LeRobot's reader in one process; then the building."""
+    read, built = [], []
+    for r in rows:
+        p = r["params"]
+        where = [p["storage"], str(p["pixels"])]
+        if r["name"] == BUILDING:
+            seconds, speed = f"{r['p50_ms'] / 1000:.2f}", f"{r['items_per_s']:,.0f}"
+            built.append([*where, str(p["frames"]), seconds, speed])
+        else:
+            times = [f"{r['items_per_s']:,.0f}", f"{r['p50_ms']:.2f} ms", f"{r['p99_ms']:.2f} ms"]
+            read.append(
+                [*where, str(p["chunk"]), r["name"], *times, str(r["n"]), f"{1 / r['ratio_to_peer']:,.2f}×"]
+            )
+    header = [
+        "storage",
+        "px",
+        "chunk",
+        "reader",
+        "samples/s",
+        "batch p50",
+        "p99",
+        "n",
+        "as fast as LeRobot's",
+    ]
+    return (
+        f"{markdown(header, read)}\n\n{markdown(['building', 'px', 'frames', 'seconds', 'frames/s'], built)}"
+    )
