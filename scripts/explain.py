@@ -167,9 +167,9 @@ def from_command_line(argv: list[str]) -> tuple[Policy, argparse.Namespace]:
         not job.evaluate.without and not job.evaluate.ensemble, "evaluate", "without or ensemble",
         "neither, as every look shows all cameras and one chunk", "leave them out",
     )  # fmt: skip
-    policy = Policy.load(path, job.evaluate.device)
-    policy.job = replace(job, model=policy.job.model)  # the network is what it is
-    return policy, options
+    model, trained, _ = checkpoint.load_model(path, job.evaluate.dataset)
+    job = replace(job, model=trained.model)  # the network is what it is
+    return Policy(model, job, job.evaluate.device, path, "eager"), options  # a graph cannot be listened to
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 
-def main(source: str, format: str, output: str) -> dict[str, Any]:
+def main(source: str, format: str, output: str, dataset: str = "") -> dict[str, Any]:
     """Export, and print what came out; returns the manifest."""
     from vla.export.export import export
     from vla.system import require_writable
@@ -24,7 +24,7 @@ def main(source: str, format: str, output: str) -> dict[str, Any]:
     found = checkpoint.find(source)
     folder = Path(output) if output else found.parent.parent / "exports" / format
     require_writable(folder.parent)
-    manifest = export(found, format, folder)
+    manifest = export(found, format, folder, dataset)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     parity = manifest["parity"]
     print(f"export:  {folder} ({size / 1e6:.0f} MB)")
@@ -42,9 +42,10 @@ if __name__ == "__main__":
     parser.add_argument("checkpoint")
     parser.add_argument("--format", default="onnx", help="onnx, onnx-bf16, onnx-int8 or aoti")
     parser.add_argument("--output", default="", help="the folder to write")
+    parser.add_argument("--dataset", default="", help="of a checkpoint trained on data.mix, whose policy")
     options = parser.parse_args()
     try:
-        main(options.checkpoint, options.format, options.output)
+        main(options.checkpoint, options.format, options.output, options.dataset)
     except (ValueError, OSError) as error:  # ConfigError, CheckpointError and ExportError among them
         sys.exit(f"export: {str(error).removeprefix('export: ')}")
     except KeyboardInterrupt:

@@ -140,7 +140,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str]) -> int:
     if argv[:1] == ["--serve"]:  # the other end of the measurement
-        program.load = lambda path, device, threads: InstantPolicy()
+        program.load = lambda *_: InstantPolicy()
         return program.main(argv[1:])
     parser = argparse.ArgumentParser("roundtrip", description="Time round trips to the policy server.")
     parser.add_argument("--n", type=int, default=3000, help="round trips of every kind (%(default)s)")

@@ -92,7 +92,7 @@ def liar(policy: WalkingPolicy) -> Any:
     return lie
 
 
-def load(path: str, device: str, threads: int) -> Any:
+def load(path: str, device: str, threads: int, launch: str, dataset: str) -> Any:
     import vla.serve.server as server
 
     policy = WalkingPolicy(path)

@@ -33,12 +33,12 @@ class Size:
 
     scenes: int = 10  # that are rendered
     states: int = 20  # of each
-    slots: int = 8  # environments side by side, at least one per core
-    rounds: int = 5  # in which every way to evaluate plays an episode in each slot
+    slots: int = 4  # environments side by side, at least one per core
+    rounds: int = 3  # in which every way to evaluate plays an episode in each slot
     windows: int = 5  # of one process per core
     seconds: float = 3.0  # a window
-    episodes: int = 60  # that are recorded by one process
-    shard: int = 100  # and by each of several
+    episodes: int = 30  # that are recorded by one process
+    shard: int = 40  # and by each of several
 
 
 QUICK = Size(scenes=1, states=2, slots=2, rounds=1, windows=1, seconds=0.3, episodes=2, shard=1)

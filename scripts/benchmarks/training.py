@@ -34,12 +34,15 @@ SECONDS, ROUNDS = 60.0, (5, 30)  # of turns for one workload, and their number
 
 @dataclass(frozen=True)
 class Workload:
-    """A network and its demonstrations. root: of the LeRobotDataset, None where there is none."""
+    """A network and its demonstrations. root: of the LeRobotDataset, None where there is none; compiled: whether
+    torch.compile is tried too, which takes minutes on a CPU.
+    """
 
     name: str
     job: Job
     store: FrameStore
     root: Path | None
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,9 @@ def run(options: Options) -> list[Row]:
     lerobot = not without("LeRobotDataset and its loop", "lerobot", "accelerate")
     rows: list[Row] = []
     with TemporaryDirectory(prefix="vla-benchmark-") as folder, quiet():
-        for make in workloads(options):
+        for number, make in enumerate(workloads(options)):
             workload, built = make(Path(folder), lerobot)
+            workload = replace(workload, compiled=number == 0 and not options.quick)
             rows += [*built, *measure(workload, options)]
     return rows
 
@@ -142,7 +146,7 @@ def measure(workload: Workload, options: Options) -> list[Row]:
         candidates[f"{MATMUL}, {precision}"] = Candidate(product, 10, about={"precision": precision})
     loops = peers(workload, options, kind)
     makers = {name: lambda change=change: own(workload, device, change)
-              for name, change in ours(device, kind, options.quick).items()} | loops  # fmt: skip
+              for name, change in ours(device, kind, workload.compiled).items()} | loops  # fmt: skip
     try:
         for name, make in makers.items():
             try:
@@ -175,17 +179,13 @@ def counted(workload: Workload, device: str) -> Row:
     }
 
 
-def ours(device: str, kind: str, quick: bool) -> dict[str, dict[str, Any]]:
+def ours(device: str, kind: str, compiled: bool) -> dict[str, dict[str, Any]]:
     """Name -> what differs in train.*."""
-    if device == "cpu":
-        found: dict[str, dict[str, Any]] = {f"ours, {kind}": {"precision": kind}}
-        found |= {"ours, fp32": {"precision": "fp32"}}
-        if not quick:  # a minute of compiling
-            found[f"ours, {kind}, compiled"] = {"precision": kind, "compile": True}
-        return found
-    found = {f"ours, {kind}, eager": {"precision": kind, "capture": False},
-             f"ours, {kind}": {"precision": kind}, "ours, fp32": {"precision": "fp32"}}  # fmt: skip
-    if not quick:
+    found: dict[str, dict[str, Any]] = {f"ours, {kind}": {"precision": kind}}
+    found |= {"ours, fp32": {"precision": "fp32"}}
+    if device != "cpu":
+        found[f"ours, {kind}, eager"] = {"precision": kind, "capture": False}
+    if compiled:
         found[f"ours, {kind}, compiled"] = {"precision": kind, "compile": True}
     return found
 
@@ -195,7 +195,7 @@ def own(workload: Workload, device: str, change: dict[str, Any]) -> Candidate:
     step, number = make_step(job, workload.store, device), iter(range(10**9))
     about = {"precision": change["precision"], "capture": device != "cpu" and job.train.capture,
              "compile": job.train.compile}  # fmt: skip
-    return Candidate(lambda: step(next(number), measure=False), 4 if device == "cpu" else 20, about=about)
+    return Candidate(lambda: step(next(number), measure=False), 2 if device == "cpu" else 20, about=about)
 
 
 def peers(workload: Workload, options: Options, kind: str) -> dict[str, Callable[[], Candidate]]:
@@ -211,7 +211,7 @@ def peers(workload: Workload, options: Options, kind: str) -> dict[str, Callable
         job = replace(workload.job, train=replace(workload.job.train, precision=kind))
         loop = LeRobotLoop(root, job, workload.store.features, options.device, workers)
         about = {"precision": kind, "workers": workers}
-        return Candidate(loop.step, 1 if options.quick else 4, loop.resume, loop.pause, about, loop.close)
+        return Candidate(loop.step, 1 if options.quick else 2, loop.resume, loop.pause, about, loop.close)
 
     numbers = (0, 1) if options.quick else (0, 2) if cores() < 8 else (0, 4, 8)
     return {f"{PEER}, {n} workers": lambda n=n: make(n) for n in numbers}

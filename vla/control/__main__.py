@@ -43,6 +43,7 @@ def main(config: ControlConfig, console: int | None = None) -> dict[str, Any]:
         url = config.server
         if config.checkpoint:
             arguments = [config.checkpoint, f"--device={config.device}", f"--threads={config.threads}"]
+            arguments.append(f"--launch={config.launch}")
             url = stack.enter_context(LocalServer(arguments)).url
         token = read_token(config.token_file) or None
         client = stack.enter_context(Client(url, token, config.ca or None, jpeg_quality=config.jpeg_quality))

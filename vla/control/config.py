@@ -112,6 +112,7 @@ class ControlConfig:
     server: str = ""  # of a policy server that runs already: ws://…, wss://… or unix://…
     device: str = "auto"  # of one's own policy server
     threads: int = 0  # of one's own policy server; 0: its own choice
+    launch: str = "auto"  # of its network on a GPU: compiled first (auto) | graph | eager
     ca: str = ""  # certificate authority of a wss:// server, beyond the system's
     token_file: str = ""  # of the server; or the variable VLA_TOKEN
     jpeg_quality: int = 0  # 1 … 95 for slow links; 0: pictures as they are
@@ -130,5 +131,6 @@ class ControlConfig:
             "a checkpoint for a policy of one's own, or the url of a server, and not both",
             "set either checkpoint or server",
         )  # fmt: skip
+        one_of("launch", self.launch, ("auto", "eager", "graph", "compiled"))
         for name in ("task_seconds", "seconds", "trials", "seed"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")

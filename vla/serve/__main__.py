@@ -31,9 +31,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, default=0, help="of the processor, for the network; 0: all cores"
     )
+    parser.add_argument(
+        "--launch", default="auto", choices=("auto", "eager", "graph", "compiled"),
+        help="a checkpoint's network on a GPU: compiled first (auto), only captured, or kernel by kernel",
+    )  # fmt: skip
     parser.add_argument("--tls-cert", default="", metavar="FILE", help="certificate chain (PEM)")
     parser.add_argument("--tls-key", default="", metavar="FILE", help="its private key (PEM)")
     parser.add_argument("--token-file", default="", metavar="FILE", help="what clients must know; mode 0600")
+    parser.add_argument("--dataset", default="", help="of a checkpoint trained on data.mix, whose policy")
     parser.add_argument(
         "--with-parent",
         action="store_true",
@@ -42,11 +47,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load(path: str, device: str, threads: int) -> ServedPolicy:
+def load(path: str, device: str, threads: int, launch: str, dataset: str) -> ServedPolicy:
     """The policy of a checkpoint or an export. Raises ValueError when it is missing, damaged or of another kind."""
     from vla.export.load import load_policy
 
-    return load_policy(path, device, threads)
+    return load_policy(path, device, threads, launch, dataset)
 
 
 def end_with_parent() -> None:
@@ -74,7 +79,9 @@ def main(argv: list[str]) -> int:
             read_token(arguments.token_file),
         )  # fmt: skip
         access.tls()  # what is wrong with it shows before the network is loaded
-        policy = load(arguments.checkpoint, arguments.device, arguments.threads)
+        policy = load(
+            arguments.checkpoint, arguments.device, arguments.threads, arguments.launch, arguments.dataset
+        )
         model = policy.model_sha256[:12]
         serve_policy(
             policy,

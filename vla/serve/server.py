@@ -45,7 +45,7 @@ from vla.serve.wire import (
 )
 
 BEAT_S = 0.05
-WARM_UPS = 3
+WARM_UPS = 5  # a GPU runs three for real, captures the fourth and replays it (vla/captured.py)
 log = logging.getLogger("vla.serve")
 # A stranger's broken handshake is not worth a traceback: what matters is logged here.
 quiet = logging.getLogger("vla.serve.websockets")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vla.captured import Captured
+from vla.compiling import keep_on_disk
 from vla.config import Job, TrainConfig
 from vla.data.augment import Augmentation
 from vla.data.prefetch import Source
@@ -93,6 +94,8 @@ class TrainStep:
         loss = BatchLoss(model, words, job.train.precision)
         unused = [model.text] if loss.features is not None else []
         self.loss = self.ranks.prepare(loss, self.optimizer, unused)
+        if job.train.compile:
+            keep_on_disk()
         self.loss_of: Any = torch.compile(self.loss) if job.train.compile else self.loss
         self.average = Average(model, job.train.ema_decay)  # of the weights as the ranks hold them
         self.rates = self._table([learning_rate(i, job.train) for i in range(self.steps)], exact)
