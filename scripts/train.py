@@ -81,7 +81,7 @@ def evaluation_of(job: Job, ranks: Ranks | None = None):
             seed=job.evaluate.seed + OTHER_SCENES,
         )  # fmt: skip
         device = str(ranks.device) if ranks else job.train.device
-        policy = Policy.load(checkpoint, device, dataset=job.evaluate.dataset)
+        policy = Policy.load(checkpoint, device, job.evaluate.launch, job.evaluate.dataset)
         result = evaluate(
             policy, replace(job, output=str(folder), evaluate=short), progress=False, ranks=ranks
         )

@@ -49,7 +49,9 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
         "is_bf16_supported": lambda *_: True,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch, "Generator", lambda device="cpu": OnCuda() if "cuda" in str(device) else Generator())
+    monkeypatch.setattr(
+        torch, "Generator", lambda device="cpu": OnCuda() if "cuda" in str(device) else Generator()
+    )
     monkeypatch.setattr(torch, "_fused_adamw_", fused_adamw)
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:

@@ -132,7 +132,11 @@ def test_waiting_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_capture_runs_warms_and_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of things with a graph that only counts: what torch does with it needs a GPU."""
     log: list[str] = []
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    streams: list[torch.device] = []  # a stream decides on which device a graph is made
+
+    def stream(device: torch.device) -> SimpleNamespace:
+        streams.append(device)
+        return SimpleNamespace(wait_stream=lambda other: None, device=device)
 
     class Graph:
         def register_generator_state(self, generator: torch.Generator) -> None:
@@ -145,24 +149,38 @@ def test_capture_runs_warms_and_replays(monkeypatch: pytest.MonkeyPatch) -> None
             log.append("replay")
 
     @contextmanager
-    def capture(graph: Graph, pool: Any, capture_error_mode: str) -> Any:
-        log.append(f"capture into {pool}")
+    def capture(graph: Graph, pool: Any, stream: SimpleNamespace, capture_error_mode: str) -> Any:
+        log.append(f"capture into {pool} on {stream.device}")
         yield
 
     for name, value in {
-        "Stream": lambda device: stream, "current_stream": lambda device: stream, "CUDAGraph": Graph,
+        "Stream": stream, "current_stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
+        "CUDAGraph": Graph,
         "stream": lambda other: nullcontext(), "synchronize": lambda device: None, "graph": capture,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
-    first = Captured(lambda: log.append("run") or len(log), CUDA, [torch.Generator()])
+    second_gpu = torch.device("cuda", 1)
+    first = Captured(lambda: log.append("run") or len(log), second_gpu, [torch.Generator()])
     outputs = [first() for _ in range(WARM + 2)]
-    assert log == ["run"] * WARM + ["generator", "capture into None", "run", "replay", "replay"]
+    assert log == ["run"] * WARM + ["generator", "capture into None on cuda:1", "run", "replay", "replay"]
     assert outputs[-1] == outputs[-2]  # the graph's own outputs, each time
     log.clear()
-    second = Captured(lambda: log.append("other"), CUDA, pool=first)
+    second = Captured(lambda: log.append("other"), second_gpu, pool=first)
     for _ in range(WARM + 1):
         second()
-    assert log == ["other"] * WARM + ["capture into pool", "other", "replay"]
+    assert log == ["other"] * WARM + ["capture into pool on cuda:1", "other", "replay"]
+    assert streams == [second_gpu]  # one for both
+
+
+def test_a_capture_that_fails_is_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Captured(lambda: 1 / 0, CUDA)
+    run.warm = WARM
+    for name in ("CUDAGraph", "Stream", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: SimpleNamespace())
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            run()
 
 
 def test_elsewhere_every_call_runs() -> None:
@@ -186,3 +204,28 @@ def test_batches_brought_from_the_host_teach_the_same(monkeypatch: pytest.Monkey
     resumed.load_state(saved)
     assert [resumed(i)["loss"].item() for i in range(3, 6)] == expected[3:]
     resumed.feed.close()
+
+
+def test_random_numbers_of_another_device_do_not_resume() -> None:
+    step = toy_step(toy_job(Path(), toy_model()))
+    step(0)
+    for name in ("random.samples", "random.noise"):
+        state = step.state() | {name: torch.zeros(16, dtype=torch.uint8)}  # the size of a GPU's
+        with pytest.raises(
+            ValueError, match="got: random numbers drawn on the GPU. expected: on the CPU .*remedy"
+        ):
+            toy_step(step.job).load_state(state)
+
+
+def test_a_state_is_loaded_into_the_tensors_that_are_there() -> None:
+    step = toy_step(toy_job(Path(), toy_model()))
+    step(0)
+    saved = {name: tensor.clone() for name, tensor in step.state().items()}
+    before = {p: dict(slots) for p, slots in step.optimizer.state.items()}
+    step(1)
+    step.load_state(saved)
+    for parameter, slots in before.items():
+        for key, tensor in slots.items():
+            assert step.optimizer.state[parameter][key] is tensor
+    for name, tensor in step.state().items():
+        assert torch.equal(tensor, saved[name]), name

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +179,43 @@ def test_a_resumed_stream_goes_on(root: Path) -> None:
         assert_equal(batch, other)
 
 
+def test_a_slow_thread_spoils_no_later_frame(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resuming in the middle of an episode, whose earlier frames share their places with later ones."""
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    whole, resumed = stream(root, frames=58), stream(root, frames=58)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(500):  # until the window begins inside of an episode, and a later one ends in its places
+        whole.draw(4, generator)
+        saved, state = {name: x.clone() for name, x in whole.position().items()}, generator.get_state()
+        low = max(0, whole.order.window(int(saved["stream"][0]))[0] - whole.history)
+        first = whole.order.episode_at(low)
+        begin = whole.order.episode(first)[1]
+        later = [whole.order.episode(first + i) for i in range(1, 40)]
+        ends = [at + int(whole.data.lengths[episode]) for episode, at in later]
+        if any(begin + whole.frames < end <= low + whole.frames for end in ends):
+            break
+    else:
+        pytest.fail("there is no such place")
+    expected = [whole.batch(whole.draw(4, generator)) for _ in range(40)]
+    whole.close()
+    resumed.load_position(saved)
+    number, read, held = whole.order.episode(first)[0], resumed.data.reader.frames, threading.Event()
+
+    def slow(name: str, episode: int) -> Any:
+        if name == "wrist" and episode == number and not held.is_set():
+            held.set()
+            time.sleep(0.5)  # the other threads fill the ring meanwhile
+        return read(name, episode)
+
+    monkeypatch.setattr(type(resumed.data.reader), "frames", lambda self, name, episode: slow(name, episode))
+    generator.set_state(state)
+    batches = [resumed.batch(resumed.draw(4, generator)) for _ in range(40)]
+    resumed.close()
+    assert held.is_set()
+    for batch, other in zip(batches, expected, strict=True):
+        assert_equal(batch, other)
+
+
 def test_frames_that_left_are_not_given(root: Path) -> None:
     streamed = stream(root)
     index = streamed.draw(4)
@@ -196,13 +235,20 @@ def test_a_dataset_smaller_than_the_cache(tmp_path: Path) -> None:
     assert counts.max() <= 23
 
 
-def test_too_small_a_cache_is_said(root: Path) -> None:
+def test_too_small_a_cache_is_said(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ValueError, match=r"data\.cache_mb: got 0\.00\d+, expected .* two of the longest episode"
     ):
         stream(root, frames=15)
-    with pytest.raises(ValueError, match=r"data\.cache_mb: got .*, expected .* for batches of 64 .*remedy"):
+    with pytest.raises(ValueError, match=r"data\.cache_mb: got .*, expected .* for batches of 64, .*remedy"):
         stream(root, batch_size=64)
+    monkeypatch.setattr(StreamedData, "lengths", property(lambda self: np.array([100, *[3] * 39])))
+    with pytest.raises(
+        ValueError, match=r"the longest episode \(100 frames\) and data\.start_share=0\.5.*remedy"
+    ):
+        stream(root, frames=210, batch_size=4, start_share=0.5)
+    stream(root, frames=210, batch_size=4)
+    monkeypatch.undo()
     streamed = stream(root)
     with pytest.raises(ValueError, match="draw of 200"):
         streamed.draw(200)

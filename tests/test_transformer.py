@@ -223,6 +223,23 @@ def test_checkpointing_changes_no_number(kind: type[Encoder] | type[Decoder], no
 
 
 @pytest.mark.parametrize("kind", [Encoder, Decoder])
+def test_checkpointing_is_handed_tensors(
+    kind: type[Encoder] | type[Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch keeps the random state of the GPUs on which it finds its arguments, and looks into no Tokens."""
+    handed: list[Any] = []
+
+    def checkpoint(layer: Any, *inputs: Any, use_reentrant: bool) -> Any:
+        handed.extend(inputs)
+        return layer(*inputs)
+
+    monkeypatch.setattr("vla.model.transformer.checkpoint", checkpoint)
+    run_stack(kind, torch.randn(B, S, D, dtype=torch.float64), 0.1, checkpointing=True)
+    assert len(handed) == 2 * (2 if kind is Encoder else 3)
+    assert all(isinstance(x, torch.Tensor) for x in handed)
+
+
+@pytest.mark.parametrize("kind", [Encoder, Decoder])
 @pytest.mark.parametrize("chunks", [2, 3, 100])
 def test_chunked_feed_forward_changes_no_number(kind: type[Encoder] | type[Decoder], chunks: int) -> None:
     x = torch.randn(B, S, D, dtype=torch.float64)

@@ -36,6 +36,7 @@ class Captured[Output]:
         self.function, self.device, self.generators = function, device, generators
         self.graph: torch.cuda.CUDAGraph | None = None
         self.shared, self.warm = pool, 0
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self) -> Output:
         if self.device.type != "cuda":
@@ -49,9 +50,15 @@ class Captured[Output]:
         self.graph.replay()
         return self.outputs
 
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        """One of its own, on its device, as torch asks: left to choose, torch captures on the current device."""
+        if self._stream is None:
+            self._stream = self.shared.stream if self.shared else torch.cuda.Stream(self.device)
+        return self._stream
+
     def _aside(self) -> Output:
-        """On a stream of its own, as torch asks of what is captured afterwards."""
-        stream = torch.cuda.Stream(self.device)
+        stream = self.stream
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             output = self.function()
@@ -59,12 +66,13 @@ class Captured[Output]:
         return output
 
     def _capture(self) -> None:
-        self.graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
-            self.graph.register_generator_state(generator)
+            graph.register_generator_state(generator)
         torch.cuda.synchronize(self.device)
         pool = self.shared.graph.pool() if self.shared and self.shared.graph else None
         # Other threads may use the device meanwhile (a prefetch that pins memory): only what this one
         # does must be capturable.
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
             self.outputs = self.function()
+        self.graph = graph

@@ -179,7 +179,9 @@ class EvaluateConfig:
     videos: int = 8  # episodes filmed per split
     device: str = "auto"
     dataset: str = ""  # of a mixture (data.mix), whose robot is evaluated
-    launch: str = "graph"  # of the network on a GPU: graph | eager | compiled, which pays in long evaluations
+    launch: str = (
+        "graph"  # on a GPU: graph | eager | compiled, which pays in long evaluations | auto: compiled
+    )
 
     def __post_init__(self) -> None:
         for name in ("episodes", "n_action_steps", "slots"):

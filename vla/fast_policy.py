@@ -105,10 +105,14 @@ class Buffers:
             self.device.copy_(self.host, non_blocking=True)
 
 
-class StaticCall:
-    """`VLA.predict_chunk` for one shape, from arrays to an array. model: as `deployed`; launch: one of LAUNCHES."""
+class Pass:
+    """From what the buffers and `text` hold to a chunk; what a graph captures. Knows nothing of who calls it, so
+    that a retired policy gives its memory back at once.
+    """
 
-    def __init__(self, model: VLA, precision: str, device: torch.device, shape: Shape, launch: str) -> None:
+    def __init__(
+        self, model: VLA, precision: str, device: torch.device, shape: Shape, compiles: bool
+    ) -> None:
         self.precision, self.device = precision, device
         self.cameras = sorted(model.features.cameras)
         self.buffers = Buffers(input_fields(model, shape), device)
@@ -116,35 +120,44 @@ class StaticCall:
             torch.zeros(shape.batch, shape.words, model.text.width, device=device),
             torch.ones(shape.batch, shape.words, dtype=torch.bool, device=device),
         )
-        self.shown: Tokens | None = None  # the instruction that `text` holds
-        self.network = compiled(model.predict_chunk) if launch == "compiled" else model.predict_chunk
-        self.run = self.predict if launch == "eager" else Captured(self.predict, device)
-        answer = (shape.batch, model.config.chunk_size, model.features.action_dim)
-        self.answer = torch.zeros(answer, pin_memory=device.type != "cpu")
+        self.network = compiled(model.predict_chunk) if compiles else model.predict_chunk
 
-    def predict(self) -> Tensor:
-        """The chunk (B, H, A) of what the buffers hold, on the device."""
+    def __call__(self) -> Tensor:
+        """The chunk (B, H, A), on the device."""
         inputs = self.buffers.tensors
         images = {name: inputs[IMAGES + name].permute(0, 1, 4, 2, 3) for name in self.cameras}
         observation = Observation(images, inputs[STATE], self.text, inputs.get(ABSENT))
         with autocast(self.device, self.precision):
             return self.network(observation, inputs[PREFIX], inputs[PREFIX_LENGTH]).float()
 
+
+class StaticCall:
+    """`VLA.predict_chunk` for one shape, from arrays to an array. model: as `deployed`; launch: one of LAUNCHES."""
+
+    def __init__(self, model: VLA, precision: str, device: torch.device, shape: Shape, launch: str) -> None:
+        self.device = device
+        self.shown: Tokens | None = None  # the instruction that the pass is told
+        self.passed = Pass(model, precision, device, shape, launch == "compiled")
+        self.run = self.passed if launch == "eager" else Captured(self.passed, device)
+        answer = (shape.batch, model.config.chunk_size, model.features.action_dim)
+        self.answer = torch.zeros(answer, pin_memory=device.type != "cpu")
+
     def tell(self, text: Tokens) -> None:
         """Show another instruction: features (B, up to L, W) on the device, which a known one's object repeats."""
         if text is self.shown:
             return
-        words = text.x.shape[1]
-        self.text.x[:, :words] = text.x
-        self.text.pad[:, :words] = text.pad
-        self.text.pad[:, words:] = True  # what lies there is finite, and not attended to
+        words, told = text.x.shape[1], self.passed.text
+        told.x[:, :words] = text.x
+        told.pad[:, :words] = text.pad
+        told.pad[:, words:] = True  # what lies there is finite, and not attended to
         self.shown = text
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """The chunk (B, H, A) float32, an array of the caller's own. inputs: of `input_fields`."""
-        for name, array in self.buffers.arrays.items():
+        buffers = self.passed.buffers
+        for name, array in buffers.arrays.items():
             np.copyto(array, inputs[name], casting="unsafe")
-        self.buffers.send()
+        buffers.send()
         chunk = self.run()
         if self.device.type == "cpu":
             return chunk.numpy()

@@ -51,7 +51,8 @@ class Samples:
         self.future = torch.arange(chunk_size, device=self.device)  # (H,)
         self.start_share = start_share
         begins = np.flatnonzero(np.arange(len(store)) - store.first < START_FRAMES)
-        self.starts = as_tensor(begins).to(self.device)  # frames that begin an episode
+        # Frames that begin an episode, where they are drawn.
+        self.starts = as_tensor(begins).to(self.device if self.resident else "cpu")
 
     def __len__(self) -> int:
         return len(self.state)

@@ -128,10 +128,13 @@ class Stream:
             batch_size + math.ceil(8 * math.sqrt(batch_size)) + 8
         )  # of a batch's draws: as many, but for chance
         block = (self.room - span) // (RESIDENCE + AHEAD)
-        needed = (longest + self.history + span + RESIDENCE + AHEAD) * data.frame_bytes / 1e6
+        # A window must hold the start of an episode where those are drawn on their own.
+        least = max(1, math.ceil(longest / (RESIDENCE + 1))) if start_share > 0 else 1
+        needed = (longest + self.history + span + least * (RESIDENCE + AHEAD)) * data.frame_bytes / 1e6
         require(
-            block > 0, "data.cache_mb", round(data.cache / 1e6, 1), f"{needed:.1f} at least for batches of "
-            f"{batch_size} and the longest episode ({longest} frames)", "allow more, or set a smaller train.batch_size",
+            block >= least, "data.cache_mb", round(data.cache / 1e6, 1), f"{needed:.1f} at least for batches of "
+            f"{batch_size}, the longest episode ({longest} frames) and data.start_share={start_share}",
+            "allow more, or set a smaller train.batch_size",
         )  # fmt: skip
         self.order = Order(data.lengths, np.minimum(data.lengths, START_FRAMES), block, seed)
         self.ring = {
@@ -203,6 +206,7 @@ class Stream:
         self.block, self.offset = block, offset
         self.drawn = self.order.drawn(block)  # the positions of this block
         self.low = max(0, self.order.window(block)[0] - self.history)  # positions from here on are needed
+        self.floor = self.low  # before it nothing is written: its places are those of later frames already
         self.next = self.order.episode_at(self.low)  # the episode of the row that is decoded next
         self.written = self.order.episode(self.next)[1]  # positions before this one are decoded
         self.beyond: dict[int, int] = {}  # episodes decoded behind that: first and last + 1 position
@@ -273,7 +277,8 @@ class Stream:
             for i, image in enumerate(self.data.reader.frames(name, episode)):
                 if self.ended.is_set():
                     return
-                frames[(begin + i) % self.frames] = image
+                if begin + i >= self.floor:
+                    frames[(begin + i) % self.frames] = image
 
     def _slots(self, frames: np.ndarray) -> np.ndarray:
         """Where in the ring the frames (B, T) are."""

@@ -111,8 +111,19 @@ def kept(layer: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def recomputed(layer: Callable[..., Any], *inputs: Any) -> Any:
-    """Forget a layer's activations, compute them again going backward (Chen et al. 2016)."""
-    return checkpoint(layer, *inputs, use_reentrant=False)
+    """Forget a layer's activations, compute them again going backward (Chen et al. 2016).
+
+    Tokens are handed over as tensors: torch keeps a GPU's random state only of those it finds.
+    """
+    tensors = [x for each in inputs for x in ((each.x, each.pad) if isinstance(each, Tokens) else (each,))]
+
+    def again(*tensors: Tensor) -> Any:
+        left = iter(tensors)
+        return layer(
+            *(Tokens(next(left), next(left)) if isinstance(each, Tokens) else next(left) for each in inputs)
+        )
+
+    return checkpoint(again, *tensors, use_reentrant=False)
 
 
 CHUNKING = {False: at_once, True: in_parts}

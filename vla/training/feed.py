@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vla.data.prefetch import Prefetch, Source
 from vla.observation import Batch
+from vla.training.state import set_generator
 
 POSITION = "position."
 
@@ -50,7 +51,7 @@ class Feed:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`, before the first step."""
-        self.generator.set_state(state["random.samples"].cpu())
+        set_generator(self.generator, state["random.samples"])
         saved = {k.removeprefix(POSITION): v for k, v in state.items() if k.startswith(POSITION)}
         self.samples.load_position(saved)
 

@@ -28,6 +28,19 @@ def state_of(
     return state
 
 
+def set_generator(generator: torch.Generator, state: Tensor) -> None:
+    """Raises ValueError for the state of a generator on another kind of device, which draws other numbers."""
+    kinds = {torch.Generator().get_state().numel(): "CPU"}
+    got, own = (kinds.get(x.numel(), "GPU") for x in (state, generator.get_state()))
+    if got != own:
+        raise ValueError(
+            f"The training state does not fit here. got: random numbers drawn on the {got}. expected: on the {own} "
+            "(frames are drawn on a GPU if its free memory holds them all). remedy: resume where it was trained, "
+            "or begin a new run with train.init."
+        )
+    generator.set_state(state.cpu())
+
+
 def fixed(model: VLA, average: Average) -> dict[str, Tensor]:
     """What the optimiser does not train: frozen weights, running statistics; none of the text encoder."""
     everything = model.state_dict()
@@ -58,11 +71,14 @@ def load_state(
                 continue
             parameter.copy_(laid_out(state[f"weights.{name}"], parameter))
             average.weights[name].copy_(laid_out(state[f"average.{name}"], parameter))
-            optimizer.state[parameter] = {
-                key: laid_out(state[f"adamw.{key}.{name}"].to(parameter.device), parameter)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"adamw.{key}.{name}" in state
-            }
+            slots = optimizer.state[parameter]
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if (saved := state.get(f"adamw.{key}.{name}")) is None:
+                    continue
+                saved = laid_out(saved.to(parameter.device), parameter)
+                slots[key] = (
+                    slots[key].copy_(saved) if key in slots else saved
+                )  # a graph may have captured it
     torch.set_rng_state(state["random.torch"].cpu())
     if "random.cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["random.cuda"].cpu(), device)

@@ -30,7 +30,7 @@ from vla.observation import Batch, Tokens
 from vla.training.average import Average
 from vla.training.feed import Feed
 from vla.training.ranks import Ranks, whole
-from vla.training.state import load_state, state_of
+from vla.training.state import load_state, set_generator, state_of
 
 Metrics = dict[str, Tensor]
 
@@ -71,8 +71,8 @@ class BatchLoss(nn.Module):
 class TrainStep:
     """Owns the model, its optimiser and its average; `__call__` makes one step.
 
-    generators: `samples` draws the frames, `noise` prefixes, missing cameras and augmentation. The
-    latter goes on where torch's own was when this was made, which is left to dropout.
+    generators: `samples` draws the frames, `noise` prefixes, missing cameras and augmentation; torch's own
+    is left to dropout. On the CPU `noise` goes on where that one was when this was made.
     """
 
     def __init__(
@@ -100,8 +100,14 @@ class TrainStep:
         self.average = Average(model, job.train.ema_decay)  # of the weights as the ranks hold them
         self.rates = self._table([learning_rate(i, job.train) for i in range(self.steps)], exact)
         self.shares = self._table([self.average.share(i) for i in range(self.steps)], exact)
-        drawer = torch.Generator(self.device if samples.resident else "cpu").manual_seed(job.seed)
-        noise = torch.Generator(self.device).set_state(self._own_state())
+        # Of several ranks one may not have room for its frames: all draw alike, on the CPU.
+        inside = samples.resident and self.ranks.count == 1
+        drawer = torch.Generator(self.device if inside else "cpu").manual_seed(job.seed)
+        noise = torch.Generator(self.device)
+        if cuda:
+            noise.manual_seed(job.seed + 1)
+        else:
+            noise.set_state(torch.get_rng_state())
         self.generators = {"samples": drawer, "noise": noise}
         self.feed = Feed(self.ranks.share(samples), job.train.batch_size, drawer)
         self.images = job.model.n_obs_steps * len(model.features.cameras)  # of a sample
@@ -117,10 +123,6 @@ class TrainStep:
 
     def _table(self, values: list[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
-
-    def _own_state(self) -> Tensor:
-        cuda = self.device.type == "cuda"
-        return torch.cuda.get_rng_state(self.device) if cuda else torch.get_rng_state()
 
     def __call__(self, step: int, measure: bool = True) -> Metrics:
         """Make step number `step` (from 0) and return its metrics as tensors on the device.
@@ -202,4 +204,4 @@ class TrainStep:
         """Take over what `state` gave. Raises ValueError when it is of another version."""
         load_state(state, self.model, self.optimizer, self.average, self.device)
         self.feed.load_state(state)
-        self.generators["noise"].set_state(state["random.noise"].cpu())
+        set_generator(self.generators["noise"], state["random.noise"])
