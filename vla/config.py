@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import draccus
-
 from vla import __version__
 from vla.architecture import (
     SIZES,
@@ -251,6 +249,8 @@ def load[T](cls: type[T], argv: list[str] | None = None, path: str | Path | None
     if argv and not argv[0].startswith("-"):
         path = argv.pop(0)
     if {"-h", "--help"} & set(argv):
+        import draccus
+
         draccus.parse(cls, args=["--help"])  # prints all fields and ends the program
     try:
         tree = {} if path is None else read_yaml(Path(path))
@@ -263,6 +263,8 @@ def load[T](cls: type[T], argv: list[str] | None = None, path: str | Path | None
 
 def decode[T](cls: type[T], tree: Any) -> T:
     """A configuration from what YAML holds. Raises ConfigError when it does not fit."""
+    import draccus  # what makes its configuration in Python does without
+
     check(tree, cls)
     try:
         return draccus.decode(cls, tree)
@@ -277,4 +279,6 @@ def decode[T](cls: type[T], tree: Any) -> T:
 
 def dump(config: Any) -> str:
     """The configuration as YAML, as `load` reads it."""
+    import draccus
+
     return f"# vla {__version__}\n{draccus.dump(config)}"

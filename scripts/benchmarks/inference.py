@@ -45,6 +45,8 @@ def run(options: Options) -> list[Row]:
         with tempfile.TemporaryDirectory(prefix="vla-benchmark-") as folder:
             return [found for scene in scenes for found in on_cpu(scene, options, Path(folder))]
     rows = [found for scene in scenes for found in on_gpu(scene, options)]
+    if without("starting from a checkpoint", "draccus"):
+        return rows
     with tempfile.TemporaryDirectory(prefix="vla-benchmark-") as folder:
         return rows + starts(scenes[min(1, len(scenes) - 1)], options.device, Path(folder))
 
@@ -57,6 +59,7 @@ def on_cpu(scene: str, options: Options, folder: Path) -> list[Row]:
     whole = scene in ("small", "quick")
     rounds = {"quick": 2, "small": 150, "27 M": 40}.get(scene, 10)
     found: list[Row] = []
+    whole = whole and not without("exports", "draccus", "onnx", "onnxruntime", "onnxscript")
     made = exports(scene, folder, FORMATS[: 3 if options.quick else 4]) if whole else {}
     before = torch.get_num_threads()
     for threads in (1, os.cpu_count() or 1) if whole and not options.quick else (before,):
