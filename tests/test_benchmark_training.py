@@ -102,7 +102,7 @@ def test_on_paper_every_number_follows_from_the_rows() -> None:
         {"name": "training", "params": params, "items_per_s": 100.0},
         {"name": "training", "params": params | {"batch": 64}, "items_per_s": 1000.0},
         {"name": "training", "params": params | {"batch": 512}, "failed": "out of memory"},
-        {"name": "store", "params": {"frames": 100, "pixels": 128}, "cores_s": 1.0, "frames_per_s": 100.0,
+        {"name": "store", "params": {"frames": 100, "pixels": 128}, "cores_s": 1.0,
          "bytes_per_frame": 5e4, "video_bytes_per_frame": 1e4},
     ]  # fmt: skip
     ten_million, billion = growth.on_paper(rows, "cpu")

@@ -106,7 +106,7 @@ def test_frozen_weights_stay_and_adapters_move(on: tuple[str, ...]) -> None:
     step = toy_step(toy_job(Path(), model, init="somewhere"))
     frozen = unscaled(on)
     before = {name: tensor.clone() for name, tensor in step.model.state_dict().items()}
-    assert (step.features is None) == ("text" in on)  # encoded anew, or once
+    assert (step.loss.features is None) == ("text" in on)  # encoded anew, or once
     assert step.model.text.encoder.training == ("text" in on)  # with its own dropout, or without
     assert step.model.tokens.image.backbone.training == ("image" in on)
     step(0), step(1)

@@ -1,10 +1,11 @@
-"""Training batches from the frame store and from LeRobot's reader.
+"""Training batches from the frame store, from a stream and from LeRobot's reader.
 
 The same recorded frames of the tabletop, stored as images (PNG in parquet), as LeRobot's default video (AV1) and
 as this project's (H.264), are read at random in batches, each with chunks of actions: by the frame store, and by
 LeRobotDataset through torch's DataLoader, as LeRobot's trainer reads, without workers and with two. Every
-process computes on one thread, as workers do. The items of a batch are compared in the same run, and one that differs
-ends it without a number.
+process computes on one thread, as workers do. The stream (data.stream) holds half of the frames and decodes in threads
+of its own; like the workers it has the machine to itself, for whole passes of the data. The items of a batch are
+compared in the same run, and one that differs ends it without a number.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from benchmarks.common import Options, Row, markdown, milliseconds, row
 
 Samples = dict[str, list[float]]
 
-STORE, PEER, BUILDING = "frame store", "LeRobotDataset", "building the store"
+STORE, STREAM, PEER, BUILDING = "frame store", "stream", "LeRobotDataset", "building the store"
 STORAGES = {"images": "", "video, AV1": "libsvtav1", "video, H.264": "h264"}  # name -> codec
 EPISODE = 100  # frames
 OFTEN = 10  # batches of the store in a turn; one of LeRobot's takes longer than all of them
@@ -81,8 +82,10 @@ def measure(root: Path, what: Row, size: Size) -> list[Row]:
     }
     # First: LeRobot keeps torchcodec's decoders open, and forked workers would share their files with this process.
     samples = {chunk: with_workers(readers, size) for chunk, readers in datasets.items()}
+    for chunk, apart in samples.items():
+        apart[STREAM] = streamed(root, store, chunk, size)
     for chunk, readers in datasets.items():
-        notes = {STORE: {}}
+        notes = {STORE: {}, STREAM: {"threads": 1, "largest_difference": 0}}
         for decoder, reader in readers.items():
             difference = largest_difference(store, reader, chunk, size.batch, TOLERANCE.get(decoder, 0))
             note = {"decoder": f"{decoder} {version_of(decoder)}", "largest_difference": difference}
@@ -98,10 +101,10 @@ def measure(root: Path, what: Row, size: Size) -> list[Row]:
 def beside(name: str, times: list[float], peer: list[float]) -> list[float]:
     """The peer's sample for each of a candidate's.
 
-    Of the same round where both took turns, in which the store had OFTEN of them; workers, which ran apart, are
-    held against the peer's median.
+    Of the same round where both took turns, in which the store had OFTEN of them; workers and the stream, which ran
+    apart, are held against the peer's median.
     """
-    if "workers" in name:
+    if "workers" in name or name == STREAM:
         return [float(np.median(peer))] * len(times)
     return [sample for sample in peer for _ in range(len(times) // len(peer))]
 
@@ -256,6 +259,41 @@ def with_workers(readers: dict[str, Any], size: Size) -> Samples:
     return samples
 
 
+def streamed(root: Path, store: Any, chunk: int, size: Size) -> list[float]:
+    """Milliseconds a batch of a stream, one sample for a pass; the first one, which fills its cache, does not count.
+
+    Raises RuntimeError when its batches are not the store's.
+    """
+    import torch
+
+    from vla.data.samples import Samples as Batches
+    from vla.data.stream import Stream, StreamedData
+
+    frame = sum(images[0].nbytes for images in store.images.values())
+    held = max(len(store) // 2, 3 * EPISODE)
+    stream = Stream(StreamedData.open(root, "", (), held * frame / 1e6), chunk, batch_size=size.batch)
+    generator, batches = torch.Generator().manual_seed(0), Batches(store, chunk)
+    samples = []
+    try:
+        count = -(-len(store) // size.batch)
+        for turn in range(1 + size.worker_rounds):
+            took = milliseconds(
+                lambda: [stream.batch(stream.draw(size.batch, generator)) for _ in range(count)]
+            )
+            samples += [took / count] if turn else []
+        index = stream.draw(size.batch, generator)
+        mine, other = ([*b.images.values(), b.state, b.action, b.action_is_pad, b.task]
+                       for b in (stream.batch(index), batches.batch(index)))  # fmt: skip
+        if not all(torch.equal(a, b) for a, b in zip(mine, other, strict=True)):
+            raise RuntimeError(
+                "items: got another batch from the stream than from the store, expected equal ones. remedy: this is a "
+                "defect; report it."
+            )
+    finally:
+        stream.close()
+    return samples
+
+
 def table(rows: list[Row]) -> str:
     """A line for each way to read, held against LeRobot's reader in one process; then the building."""
     read, built = [], []
@@ -270,17 +308,8 @@ def table(rows: list[Row]) -> str:
             read.append(
                 [*where, str(p["chunk"]), r["name"], *times, str(r["n"]), f"{1 / r['ratio_to_peer']:,.2f}×"]
             )
-    header = [
-        "storage",
-        "px",
-        "chunk",
-        "reader",
-        "samples/s",
-        "batch p50",
-        "p99",
-        "n",
-        "as fast as LeRobot's",
-    ]
+    header = ["storage", "px", "chunk", "reader", "samples/s", "batch p50", "p99", "n",
+              "as fast as LeRobot's"]  # fmt: skip
     return (
         f"{markdown(header, read)}\n\n{markdown(['building', 'px', 'frames', 'seconds', 'frames/s'], built)}"
     )

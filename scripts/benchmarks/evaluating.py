@@ -78,7 +78,7 @@ def evaluation(
     rows = []
     for name, samples in each.items():
         peer = SYNC if name in (OURS, SYNC) else ASYNC
-        against = {"peer": peer, "peer_ms": each[peer]} if peers else {}
+        against = {"peer": f"evaluation, {peer}", "peer_ms": each[peer]} if peers else {}
         workers = {"workers": numbers[name]} if name in numbers else {}
         rows.append(
             row(f"evaluation, {name}", params | workers, samples, 1, **against) | splits.get(name, {})

@@ -92,10 +92,9 @@ def store_rows(options: Options, folder: Path) -> list[Row]:
         store = FrameStore.open_or_build(root)
         seconds, busy = time.perf_counter() - start, time.process_time() - cpu
         size = sum(x.nbytes for x in store.arrays().values())
-        rows.append({
-            "name": "store", "params": {"frames": len(store), "pixels": pixels}, "seconds": seconds, "cores_s": busy,
-            "frames_per_s": len(store) / seconds, "bytes_per_frame": size / len(store),
-            "video_bytes_per_frame": videos / len(store),
+        params = {"frames": len(store), "pixels": pixels}
+        rows.append(row("store", params, [1000 * seconds], len(store)) | {
+            "cores_s": busy, "bytes_per_frame": size / len(store), "video_bytes_per_frame": videos / len(store),
             "bound": "video decoder" if busy > 0.5 * seconds else "disk",
             "evidence": f"{busy:.2f} s of processor in {seconds:.2f} s; one process, {cores()} cores",
         })  # fmt: skip

@@ -188,7 +188,7 @@ def table(rows: list[Row]) -> str:
     stores = [r for r in rows if r["name"] == "store"]
     if stores:
         lines = [
-            [f"{r['params']['frames']:,}", f"{r['seconds']:.2f} s", f"{r['frames_per_s']:,.0f}",
+            [f"{r['params']['frames']:,}", f"{r['p50_ms'] / 1000:.2f} s", f"{r['items_per_s']:,.0f}",
              f"{r['bytes_per_frame']:,.0f}", f"{r['video_bytes_per_frame']:,.0f}", r["bound"], r["evidence"]]
             for r in stores
         ]  # fmt: skip

@@ -128,8 +128,7 @@ def built(name: str, job: Job, root: Path) -> tuple[Workload, list[Row]]:
     seconds = time.perf_counter() - start
     size = sum(x.nbytes for x in store.arrays().values())
     about = {"workload": name, "frames": len(store), "bytes": size}
-    done = {"name": BUILDING, "params": about, "seconds": seconds, "frames_per_s": len(store) / seconds}
-    return Workload(name, job, store, root), [done]
+    return Workload(name, job, store, root), [row(BUILDING, about, [1000 * seconds], len(store))]
 
 
 def measure(workload: Workload, options: Options) -> list[Row]:
@@ -299,7 +298,7 @@ def table(rows: list[Row]) -> str:
     parts.append(markdown(["workload", "MFU is a share of", "at the median"], products))
     stores = [
         [r["params"]["workload"], f"{r['params']['frames']:,}", f"{r['params']['bytes'] / 1e6:,.0f} MB",
-         f"{r['seconds']:.1f} s", f"{r['frames_per_s']:,.0f}"]
+         f"{r['p50_ms'] / 1000:.1f} s", f"{r['items_per_s']:,.0f}"]
         for r in rows if r["name"] == BUILDING
     ]  # fmt: skip
     if stores:

@@ -33,7 +33,8 @@ def images(batch: Keys, cameras: Mapping[str, str], device: torch.device) -> dic
         require(fits, key, tuple(image.shape), "(B, 3, h, w) or (B, T, 3, h, w)", "see policy.input_features")
         if image.dtype != torch.uint8:
             image = (image * 255).round_().clamp_(0, 255).to(torch.uint8)
-        found[name] = image
+        # Colours last in memory, as our own readers give them: convolutions of another layout end in other bits.
+        found[name] = image.movedim(2, -1).contiguous().movedim(-1, 2)
     return found
 
 
