@@ -27,6 +27,7 @@ from typing import Any
 
 import evaluate
 import latency
+from benchmarks import common
 
 from vla.checks import require
 from vla.config import Job, load
@@ -250,15 +251,14 @@ def answers(checkpoints: dict[str, str], job: Job, n: int) -> dict[str, dict[str
 
     torch.set_num_threads(1)
     policies = {name: evaluate.load_policy(Path(path), job) for name, path in checkpoints.items()}
-    samples = latency.take_turns({name: latency.call(policy) for name, policy in policies.items()}, n)
+    calls = {name: latency.call(policy) for name, policy in policies.items()}
+    samples = common.take_turns(calls, n, latency.WARM)
     networks = {
         name: policy.network if hasattr(policy, "network") else policy.model
         for name, policy in policies.items()
     }
-    return {
-        name: latency.figures(times) | {"threads": 1, "params": trained(networks[name])}
-        for name, times in samples.items()
-    }  # fmt: skip
+    sizes = {name: {"threads": 1, "params": trained(network)} for name, network in networks.items()}
+    return {name: common.row(name, {}, times) | sizes[name] for name, times in samples.items()}
 
 
 def trained(network: Any) -> int:

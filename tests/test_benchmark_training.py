@@ -151,7 +151,7 @@ def run(what: str, output: Path) -> tuple[list[dict[str, Any]], str]:
 @pytest.mark.slow
 def test_training_is_measured_beside_lerobots_loop(tmp_path: Path) -> None:
     rows, printed = run("training", tmp_path)
-    loops = {row["name"]: row for row in rows if "items_per_s" in row}
+    loops = {row["name"]: row for row in rows if "utilisation" in row}
     peers = {name for name in loops if name.startswith("LeRobot's loop")}
     assert len(peers) == 2
     assert any(name.startswith("ours") for name in loops)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import toy_run
 from load_script import load_script
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +19,7 @@ from vla.config import ConfigError, EnvConfig, EvaluateConfig, Job
 from vla.lerobot_plugin.adapter import LeRobotPolicy, find
 from vla.lerobot_plugin.told import ENVIRONMENT, WIDTH, Sentences, tell
 from vla.observation import ACTION, IMAGES, STATE
+from vla.training import checkpoint
 
 FPS, PIXELS, P, A, H = 10, 64, 2, 2, 6
 TASKS = ["reach red", "go to the blue target", "reach red"]
@@ -388,6 +390,19 @@ def test_the_table_of_a_comparison(tmp_path: Path) -> None:
         line
         == f"| ACT | 51.7 M | 340 s, 1,234 steps | 9,872 | {rates} | {rates} | {rates} | 30.0 ms | 41.0 ms |"
     )
+
+
+def test_answers_are_timed_and_networks_counted(tmp_path: Path) -> None:
+    """The last stage, with a real checkpoint."""
+    compare, _ = comparison(tmp_path)
+    job = toy_run.toy_job(tmp_path)
+    model, statistics = toy_run.toy_step(job).model, toy_run.toy_store().statistics()
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    path = checkpoint.save(tmp_path / "checkpoints", 1, job, model, statistics, trained, {}, keep=1)
+    found = compare.answers({"ours": str(path)}, job, 3)["ours"]
+    assert (found["n"], found["threads"]) == (3, 1)
+    assert 0 < found["p50_ms"] <= found["p99_ms"]
+    assert found["params"] == sum(p.numel() for p in trained.values())
 
 
 def test_wrong_comparisons_are_named(tmp_path: Path) -> None:

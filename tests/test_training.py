@@ -168,8 +168,9 @@ def test_a_few_samples_are_answered_by_heart(decoding: str, head: str) -> None:
     step = toy_step(toy_job(Path(), model, data, steps=steps, lr=3e-3, weight_decay=0.0), toy_store(1))
     for i in range(steps):
         step(i, measure=False)
-    batch = step.samples.batch(torch.arange(len(step.samples)))
-    seen = Observation(batch.images, batch.state, step.model.text.encode(step.words[batch.task]))
+    samples = step.feed.samples
+    batch = samples.batch(torch.arange(len(samples)))
+    seen = Observation(batch.images, batch.state, step.model.text.encode(step.loss.words[batch.task]))
     with torch.no_grad():
         chunk = step.model.eval().predict_chunk(seen)
     error = (chunk - batch.action).abs().mean(dim=2)[~batch.action_is_pad]

@@ -76,9 +76,8 @@ def load_state(
                 if (saved := state.get(f"adamw.{key}.{name}")) is None:
                     continue
                 saved = laid_out(saved.to(parameter.device), parameter)
-                slots[key] = (
-                    slots[key].copy_(saved) if key in slots else saved
-                )  # a graph may have captured it
+                # In place where it is there: a graph may have captured it.
+                slots[key] = slots[key].copy_(saved) if key in slots else saved
     torch.set_rng_state(state["random.torch"].cpu())
     if "random.cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["random.cuda"].cpu(), device)

@@ -81,7 +81,7 @@ class TrainStep:
         self.model, self.job, self.config = model, job, job.train
         self.device = samples.device
         self.ranks = ranks or Ranks(self.device)
-        cuda, self.steps = self.device.type == "cuda", job.train.steps
+        cuda, steps = self.device.type == "cuda", job.train.steps
         groups = parameter_groups(model, job.model, job.train.weight_decay)
         self.optimizer = torch.optim.AdamW(
             groups, lr=job.train.lr, betas=job.train.betas, fused=True, capturable=cuda
@@ -98,8 +98,8 @@ class TrainStep:
             keep_on_disk()
         self.loss_of: Any = torch.compile(self.loss) if job.train.compile else self.loss
         self.average = Average(model, job.train.ema_decay)  # of the weights as the ranks hold them
-        self.rates = self._table([learning_rate(i, job.train) for i in range(self.steps)], exact)
-        self.shares = self._table([self.average.share(i) for i in range(self.steps)], exact)
+        self.rates = self._table([learning_rate(i, job.train) for i in range(steps)], exact)
+        self.shares = self._table([self.average.share(i) for i in range(steps)], exact)
         # Of several ranks one may not have room for its frames: all draw alike, on the CPU.
         inside = samples.resident and self.ranks.count == 1
         drawer = torch.Generator(self.device if inside else "cpu").manual_seed(job.seed)
