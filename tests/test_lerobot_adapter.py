@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from vla.config import ConfigError, EnvConfig, EvaluateConfig, Job
 from vla.lerobot_plugin.adapter import LeRobotPolicy, find
-from vla.lerobot_plugin.told import ENVIRONMENT, WIDTH, Sentences, tell
-from vla.observation import ACTION, IMAGES, STATE
+from vla.lerobot_plugin.told import WIDTH, Sentences, tell
+from vla.observation import ACTION, ENVIRONMENT_STATE, IMAGES, STATE
 from vla.training import checkpoint
 
 FPS, PIXELS, P, A, H = 10, 64, 2, 2, 6
@@ -42,7 +42,7 @@ def make(folder: Path, kind: str, told: bool = True, **options: Any) -> Path:
         STATE: PolicyFeature(FeatureType.STATE, (P,)),
     }
     if told:
-        inputs[ENVIRONMENT] = PolicyFeature(FeatureType.ENV, (WIDTH,))
+        inputs[ENVIRONMENT_STATE] = PolicyFeature(FeatureType.ENV, (WIDTH,))
     arguments = CHUNK.get(kind, {}) | SIZE[kind] | {"device": "cpu", "pretrained_backbone_weights": None}
     config = make_policy_config(
         kind, input_features=inputs, output_features={ACTION: PolicyFeature(FeatureType.ACTION, (A,))},
@@ -50,7 +50,7 @@ def make(folder: Path, kind: str, told: bool = True, **options: Any) -> Path:
     )  # fmt: skip
     config.normalization_mapping["ENV"] = NormalizationMode.MEAN_STD
     rng = np.random.default_rng(0)
-    sizes = {f"{IMAGES}front": (3, 1, 1), STATE: (P,), ENVIRONMENT: (WIDTH,), ACTION: (A,)}
+    sizes = {f"{IMAGES}front": (3, 1, 1), STATE: (P,), ENVIRONMENT_STATE: (WIDTH,), ACTION: (A,)}
     stats = {
         key: {
             "mean": torch.from_numpy(rng.normal(size=size)).float(),
@@ -104,7 +104,9 @@ def selected(
         picture = torch.from_numpy(images[:, step]).permute(0, 3, 1, 2).float() / 255
         batch = {f"{IMAGES}front": picture, STATE: torch.from_numpy(state[:, step])}
         torch.manual_seed(0)
-        return after(policy.select_action(before(batch | {ENVIRONMENT: torch.from_numpy(sentences)}))).numpy()
+        return after(
+            policy.select_action(before(batch | {ENVIRONMENT_STATE: torch.from_numpy(sentences)}))
+        ).numpy()
 
     for step in range(images.shape[1] - 1):  # the history, after which it is to look again
         select(step)
@@ -204,10 +206,10 @@ def feature(kind: str, *shape: int) -> dict[str, Any]:
         ({"type": "crystal"}, "config.json: type: got 'crystal', expected .*act"),
         ({"a_field_of_tomorrow": 1}, "config.json: got .*a_field_of_tomorrow.*expected fields of lerobot 0.6.1"),
         ({"dim_model": 32}, "model.safetensors: got .*size mismatch.*of type act"),
-        ({"input_features": {STATE: feature("STATE", P), ENVIRONMENT: feature("ENV", WIDTH)}},
+        ({"input_features": {STATE: feature("STATE", P), ENVIRONMENT_STATE: feature("ENV", WIDTH)}},
          "config.json: input_features: got 'no camera'"),
-        ({"input_features": {f"{IMAGES}front": feature("VISUAL", 3, PIXELS, PIXELS), ENVIRONMENT: feature("ENV", 7),
-                             STATE: feature("STATE", P)}}, "environment_state: got"),
+        ({"input_features": {f"{IMAGES}front": feature("VISUAL", 3, PIXELS, PIXELS), STATE: feature("STATE", P),
+                             ENVIRONMENT_STATE: feature("ENV", 7)}}, "environment_state: got"),
         ({"input_features": {"observation.image": feature("VISUAL", 3, PIXELS, PIXELS)}}, "input_features: got"),
     ],
 )  # fmt: skip
@@ -278,10 +280,12 @@ def test_a_dataset_is_told(tmp_path: Path) -> None:
     told, sentences = LeRobotDataset("local/told", root=tmp_path / "told"), Sentences()
     assert len(told) == 9
     for item in map(told.__getitem__, range(9)):
-        np.testing.assert_array_equal(item[ENVIRONMENT].numpy(), sentences([item["task"]])[0])
+        np.testing.assert_array_equal(item[ENVIRONMENT_STATE].numpy(), sentences([item["task"]])[0])
     stats: Any = told.meta.stats
     np.testing.assert_allclose(
-        stats[ENVIRONMENT]["mean"], sentences(["reach red", "reach blue", "reach red"]).mean(0), atol=1e-5
+        stats[ENVIRONMENT_STATE]["mean"],
+        sentences(["reach red", "reach blue", "reach red"]).mean(0),
+        atol=1e-5,
     )
     assert stats[ACTION]["mean"].shape == (A,)
     with pytest.raises(ConfigError, match="target: got"):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 IMAGES = "observation.images."
 STATE = "observation.state"
+ENVIRONMENT_STATE = "observation.environment_state"  # LeRobot's name; here never an input
 ACTION = "action"
 ACTION_IS_PAD = "action_is_pad"
 TASK = "task"
@@ -139,6 +140,8 @@ class Batch:
     action_is_pad: (B, H) bool, True behind the episode's end.
     Of several datasets only: absent (B, C) bool, cameras that the sample's dataset lacks, in
     alphabetical order; source (B,) int64, which dataset it is of. Sizes P and A are then the largest.
+    environment_state: (B, K) float32, what only a simulator knows (where things are) at the newest observation;
+    a target of training, never an input; None where the dataset has none.
     """
 
     images: dict[str, Tensor]
@@ -148,6 +151,7 @@ class Batch:
     action_is_pad: Tensor
     absent: Tensor | None = None
     source: Tensor | None = None
+    environment_state: Tensor | None = None
 
     def __getitem__(self, part: slice) -> Batch:
         """Some of the samples, without a copy."""
@@ -170,4 +174,5 @@ class Batch:
 
     def _vectors(self) -> tuple[Tensor | None, ...]:
         """All but the images."""
-        return self.state, self.task, self.action, self.action_is_pad, self.absent, self.source
+        rest = self.absent, self.source, self.environment_state
+        return self.state, self.task, self.action, self.action_is_pad, *rest

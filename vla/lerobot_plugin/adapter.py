@@ -22,8 +22,8 @@ from torch import Tensor
 from vla.checks import ConfigError, require
 from vla.device import resolve_device
 from vla.inputs import Inputs
-from vla.lerobot_plugin.told import ENVIRONMENT, WIDTH, Sentences
-from vla.observation import ACTION, IMAGES, STATE, TASK, Features
+from vla.lerobot_plugin.told import WIDTH, Sentences
+from vla.observation import ACTION, ENVIRONMENT_STATE, IMAGES, STATE, TASK, Features
 from vla.training.checkpoint import pretrained_folders
 
 CONFIG, WEIGHTS, TRAINING = "config.json", "model.safetensors", "train_config.json"
@@ -130,7 +130,7 @@ class LeRobotPolicy:
         batch[STATE] = torch.from_numpy(np.ascontiguousarray(state)).float()
         if self.sentences is not None:
             told = torch.from_numpy(self.sentences(tasks))
-            batch[ENVIRONMENT] = told[:, None].repeat(1, self.n_obs_steps, 1)  # (B, T, 384)
+            batch[ENVIRONMENT_STATE] = told[:, None].repeat(1, self.n_obs_steps, 1)  # (B, T, 384)
         if self.network.config.observation_delta_indices is None:  # trained on batches without time
             batch = {key: value[:, 0] for key, value in batch.items()}
         return self._chunk(batch | {TASK: list(tasks)}).float().cpu().numpy()
@@ -186,13 +186,13 @@ def read_features(config: Any, fps: int) -> Features:
     cameras = {key: (ft.shape[1], ft.shape[2]) for key, ft in config.image_features.items()}
     for key, feature in config.input_features.items():
         known = key == STATE or (key in cameras and key.startswith(IMAGES))
-        if key == ENVIRONMENT:
+        if key == ENVIRONMENT_STATE:
             require(
                 tuple(feature.shape) == (WIDTH,), f"{CONFIG}: input_features.{key}", tuple(feature.shape),
                 f"({WIDTH},), a sentence embedding", "train on a dataset that vla.lerobot_plugin.told wrote",
             )  # fmt: skip
         elif not known:
-            expected = f"{IMAGES}<camera>, {STATE} or {ENVIRONMENT}"
+            expected = f"{IMAGES}<camera>, {STATE} or {ENVIRONMENT_STATE}"
             raise ConfigError(
                 f"{CONFIG}: input_features", key, expected, "rename it in the dataset and train again"
             )

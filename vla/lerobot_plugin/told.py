@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from vla.checks import require
+from vla.observation import ENVIRONMENT_STATE
 
-ENVIRONMENT = "observation.environment_state"  # LeRobot's name
 WIDTH = 384  # of all-MiniLM-L6-v2
 
 
@@ -64,6 +64,10 @@ def tell(source: Path, target: Path) -> None:
     from lerobot.datasets.io_utils import write_stats
 
     dataset = LeRobotDataset("local/source", root=source)
+    require(
+        ENVIRONMENT_STATE not in dataset.meta.features, "source", f"a dataset with {ENVIRONMENT_STATE}",
+        "one without, for the sentence's place", "record it with record.environment_state=false",
+    )  # fmt: skip
     rows = np.asarray(dataset.hf_dataset.data.column("task_index"))
     tasks: Any = dataset.meta.tasks
     by_index = tasks["task_index"].sort_values()  # the instruction is the table's index
@@ -71,7 +75,7 @@ def tell(source: Path, target: Path) -> None:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     feature = {"dtype": "float32", "shape": (WIDTH,), "names": None}
-    told = add_features(dataset, {ENVIRONMENT: (column, feature)}, partial, repo_id="local/told")
+    told = add_features(dataset, {ENVIRONMENT_STATE: (column, feature)}, partial, repo_id="local/told")
     statistics = get_feature_stats(column, axis=0, keepdims=False)
-    write_stats({**(told.meta.stats or {}), ENVIRONMENT: statistics}, partial)
+    write_stats({**(told.meta.stats or {}), ENVIRONMENT_STATE: statistics}, partial)
     partial.rename(target)
