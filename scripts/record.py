@@ -2,6 +2,8 @@
 
     python scripts/record.py configs/quickstart.yaml [--record.episodes=10]
 
+With --record.format=frames into the arrays that training reads, for which lerobot need not be installed.
+
 A killed run continues with the same command; a finished one says so and changes nothing.
 """
 

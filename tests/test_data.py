@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from PIL import Image
 from vla.config import DataConfig
 from vla.data.augment import augment, shift
 from vla.data.frames import Episode, FrameStore
-from vla.data.lerobot_v3 import frames_at
 from vla.data.normalize import MODES, Normalizer, Statistics
 from vla.data.samples import Samples
-from vla.observation import ACTION, STATE
+from vla.data.video import frames_at
+from vla.observation import ACTION, ENVIRONMENT_STATE, STATE
 
 LENGTHS = (3, 7, 1, 5)
 TASKS = ("go left", "go right", "go left", "stay")
@@ -67,6 +68,8 @@ def write_dataset(root: Path, episodes: list[Episode], rows: int | None = None, 
         for name in episodes[0].images
     }
     columns |= {STATE: vectors("state"), ACTION: vectors("action")}
+    if episodes[0].environment_state is not None:
+        columns[ENVIRONMENT_STATE] = vectors("environment_state")
     columns["timestamp"] = np.concatenate([np.arange(n) / 10 for n in lengths]).astype(np.float32)
     columns["episode_index"] = np.repeat(np.arange(len(lengths)), lengths)
     columns["task_index"] = np.repeat([tasks.index(episode.task) for episode in episodes], lengths)
@@ -78,6 +81,9 @@ def write_dataset(root: Path, episodes: list[Episode], rows: int | None = None, 
     }
     features[STATE] = {"dtype": "float32", "shape": episodes[0].state.shape[1:]}
     features[ACTION] = {"dtype": "float32", "shape": episodes[0].action.shape[1:]}
+    if episodes[0].environment_state is not None:
+        shape = episodes[0].environment_state.shape[1:]
+        features[ENVIRONMENT_STATE] = {"dtype": "float32", "shape": shape}
     description = {"codebase_version": "v3.0", "fps": 10, "total_frames": sum(lengths), "features": features}
     for folder, table in (
         ("data/chunk-000/file-000", columns),
@@ -89,6 +95,15 @@ def write_dataset(root: Path, episodes: list[Episode], rows: int | None = None, 
         pq.write_table(pa.table({key: pa.array(value) for key, value in table.items()}), path, rows)
     (root / "meta" / "info.json").write_text(json.dumps(description | info))
     return root
+
+
+def privileged() -> list[Episode]:
+    """With what only a simulator knows."""
+    rng = np.random.default_rng(1)
+    return [
+        replace(e, environment_state=rng.normal(size=(len(e.state), 5)).astype(np.float32))
+        for e in make_episodes()
+    ]
 
 
 def assert_same(store: FrameStore, other: FrameStore) -> None:
@@ -119,6 +134,57 @@ def test_store_with_one_dimensional_state(tmp_path: Path) -> None:
     episodes = make_episodes(state_dim=1)
     store = FrameStore.open_or_build(write_dataset(tmp_path, episodes))
     assert_same(store, FrameStore.of_episodes(episodes, fps=10))
+
+
+def test_an_environment_state_is_read_summarised_and_batched(tmp_path: Path) -> None:
+    episodes = privileged()
+    store = FrameStore.open_or_build(write_dataset(tmp_path, episodes))
+    assert_same(store, FrameStore.of_episodes(episodes, fps=10))
+    expected = np.concatenate([e.environment_state for e in episodes if e.environment_state is not None])
+    np.testing.assert_array_equal(store.environment_state, expected)
+    index = torch.tensor([0, 4, 15])
+    batch = Samples(store, chunk_size=2, n_obs_steps=2).batch(index)
+    assert batch.environment_state is not None
+    np.testing.assert_array_equal(batch.environment_state.numpy(), expected[index])
+    statistics = store.statistics()
+    np.testing.assert_allclose(
+        statistics[ENVIRONMENT_STATE].std, expected.std(0, dtype=np.float64), rtol=1e-9
+    )
+    statistics.save(tmp_path / "statistics.json")
+    assert Statistics.load(tmp_path / "statistics.json") == statistics
+
+
+def test_datasets_without_an_environment_state_are_as_they_were(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path, make_episodes())
+    store = FrameStore.open_or_build(root)
+    assert store.environment_state is None
+    assert Samples(store, chunk_size=2).batch(torch.tensor([4])).environment_state is None
+    assert set(store.statistics().by_key) == {STATE, ACTION}
+    index = json.loads((root / "frames" / "store.json").read_text())
+    assert list(index) == ["version", "fingerprint", "cameras", "tasks", "fps"]
+    assert not (root / "frames" / "environment_state.npy").exists()
+
+
+def test_a_store_from_before_environment_states_were_read_is_built_anew(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path, privileged())
+    built = FrameStore.open_or_build(root)
+    path = root / "frames" / "store.json"
+    index = json.loads(path.read_text())
+    del index["environment_state"]
+    path.write_text(json.dumps(index))
+    (root / "frames" / "environment_state.npy").unlink()
+    assert_same(FrameStore.open_or_build(root), built)
+
+
+def test_an_environment_state_that_is_no_vector_is_left_alone(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path, privileged())
+    edit(root, lambda info: info["features"][ENVIRONMENT_STATE].update(shape=[5, 1]))
+    assert FrameStore.open_or_build(root).environment_state is None
+
+
+def test_episodes_with_and_without_an_environment_state_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"lengths.*'environment_state': 13.*remedy"):
+        FrameStore.of_episodes([*make_episodes()[:1], *privileged()[1:]], fps=10)
 
 
 def test_store_is_reused_until_the_dataset_changes(tmp_path: Path) -> None:

@@ -17,24 +17,19 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from toy_env import ToyEnv
+from toy_turns import TurnsEnv
 
 from vla.config import ConfigError, EnvConfig, RecordConfig
-from vla.data.demonstrate import (
-    ATTEMPTS,
-    attempt_seed,
-    carries_noise,
-    demonstrate,
-    make_environment,
-    record_episode,
-    shard_episodes,
-)
+from vla.data.demonstrate import demonstrate, make_environment, record_episode
 from vla.data.frames import FrameStore
 from vla.data.record import SUMMARY, Recording, alone, content, record_demonstrations
-from vla.observation import ACTION, STATE, TASK
+from vla.data.seeds import ATTEMPTS, attempt_seed, carries_noise, require_seeds, shard_episodes
+from vla.observation import ACTION, ENVIRONMENT_STATE, STATE, TASK
 
 TESTS = Path(__file__).parent
 SCRIPT = TESTS.parent / "scripts" / "record.py"
 TOY = EnvConfig("toy_env:Toy-v0")
+TURNS = EnvConfig("toy_turns:Turns-v0")
 
 
 class StayAfterSuccess(ToyEnv):
@@ -82,6 +77,35 @@ def test_no_two_attempts_share_a_seed_and_none_is_an_evaluations() -> None:
     assert not any(1000 <= seed < 10**9 for seed in seeds)
 
 
+@pytest.mark.parametrize("scenes", [1, 3])
+@pytest.mark.parametrize("tasks", [3, 50])
+def test_attempts_stay_with_their_task(tasks: int, scenes: int) -> None:
+    record = RecordConfig(episodes=300, seed=7, instructions_per_scene=scenes)
+    retries = [[attempt_seed(record, i, a, tasks) for a in range(1, ATTEMPTS)] for i in range(300)]
+    for i, seeds in enumerate(retries):
+        assert {seed % tasks for seed in seeds} == {attempt_seed(record, i, 0, tasks) % tasks}
+    flat = [seed for seeds in retries for seed in seeds]
+    assert len(set(flat)) == len(flat)
+    assert min(flat) >= 2**30
+    assert [attempt_seed(record, i, 0, tasks) for i in range(300)] == [7 + i // scenes for i in range(300)]
+
+
+def test_seeds_leave_room_for_tasks_in_turns() -> None:
+    highest = 2**25 // 50 - 2500
+    record = RecordConfig(episodes=2500, seed=highest)
+    require_seeds(record, 50)
+    assert attempt_seed(record, 2499, ATTEMPTS - 1, 50) < 2**31
+    for seed, tasks in ((highest + 1, 50), (2**25, 1)):
+        with pytest.raises(ConfigError, match=rf"record\.seed: got {seed}.*episodes"):
+            require_seeds(RecordConfig(episodes=2500, seed=seed), tasks)
+
+
+def test_each_task_gets_its_share_of_the_noise() -> None:
+    record = RecordConfig(episodes=200, seed=1, noise=0.2, noise_episodes=0.5)
+    noisy = [attempt_seed(record, i, 0) % 10 for i in range(200) if carries_noise(record, i, 10)]
+    assert [noisy.count(task) for task in range(10)] == [10] * 10
+
+
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.25, 25), (0.5, 50), (1.0, 100)])
 def test_noise_is_spread_evenly(share: float, expected: int) -> None:
     record = RecordConfig(noise=0.2, noise_episodes=share)
@@ -107,6 +131,16 @@ def test_instructions_of_a_scene_share_its_seed_and_no_other_attempt_does() -> N
 def test_shards_hold_every_episode_once() -> None:
     record = RecordConfig(episodes=25, shard_episodes=10)
     assert [i for shard in range(3) for i in shard_episodes(record, shard)] == list(range(25))
+
+
+def test_shards_hold_few_tasks_in_a_stable_order() -> None:
+    record = RecordConfig(episodes=25, shard_episodes=10, seed=2)
+    order = [i for shard in range(3) for i in shard_episodes(record, shard, 5)]
+    assert sorted(order) == list(range(25))
+    assert [(2 + i) % 5 for i in order] == sorted(5 * [*range(5)])
+    assert order[:5] == [3, 8, 13, 18, 23]
+    for shard in range(3):
+        assert len({(2 + i) % 5 for i in shard_episodes(record, shard, 5)}) <= 2
 
 
 # One demonstration
@@ -241,6 +275,29 @@ def test_a_failed_attempt_is_repeated_with_the_next_seed() -> None:
     assert len(frames) == recorded.frames == 2
 
 
+def test_retries_and_noise_of_an_environment_that_plays_tasks_in_turns() -> None:
+    class Unlucky(TurnsEnv):
+        """Fails at its first attempt."""
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            seen.append(seed)
+            return super().reset(seed=seed, options=options)
+
+        def step(self, action: np.ndarray) -> Any:
+            result = super().step(action)
+            lost = {"is_success": False} if len(seen) == 1 else {}
+            return (*result[:2], result[2] or bool(lost), False, result[4] | lost)
+
+    for index, noisy in ((1, False), (4, True)):  # the first and the second turn of task 1
+        seen: list[int | None] = []
+        record = RecordConfig(noise=0.1, environment_state=True)
+        frames, recorded = record_episode(Unlucky(), TOY, record, index)
+        assert seen == [index, attempt_seed(record, index, 1, 3)]
+        assert (recorded.noise, recorded.task) == (noisy, "reach green")
+        assert {frame[TASK] for frame in frames} == {"reach green"}
+        assert {frame[ENVIRONMENT_STATE].shape for frame in frames} == {(6,)}
+
+
 def test_an_expert_that_never_succeeds_is_given_up() -> None:
     class Lost(ToyEnv):
         def step(self, action: np.ndarray) -> Any:
@@ -254,6 +311,8 @@ def test_an_expert_that_never_succeeds_is_given_up() -> None:
 def test_environments_that_cannot_demonstrate() -> None:
     with pytest.raises(ValueError, match=r"expert_action.*remedy"):
         make_environment(EnvConfig("test_record:NoExpert-v0"))
+    with pytest.raises(ValueError, match=r"environment_state\(\).*remedy"):
+        make_environment(TOY, environment_state=True)
     with pytest.raises(ValueError, match=r"'module:Id-v0'.*remedy"):
         make_environment(EnvConfig("toy_env:Nothing-v0"))
     with pytest.raises(ValueError, match=r"'pixls': 8.*remedy"):
@@ -287,6 +346,12 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
         record_demonstrations(root, TOY, RecordConfig(episodes=8))
     with pytest.raises(ValueError, match=r"kwargs=\{\}.*'pixels': 16.*remedy"):
         record_demonstrations(root, EnvConfig(TOY.id, {"pixels": 16}), record)
+    for name in ("format", "environment_state"):  # a recording of before there was a choice
+        del done.content[name]
+    (root / SUMMARY).write_text(json.dumps(vars(done)))
+    assert record_demonstrations(root, TOY, record) == done
+    with pytest.raises(ValueError, match=r"environment_state=False.*environment_state=True"):
+        record_demonstrations(root, TOY, RecordConfig(episodes=7, environment_state=True))
 
 
 def test_a_recording_that_finished_while_the_lock_was_awaited_counts(
@@ -324,6 +389,15 @@ def test_seeds_out_of_range(tmp_path: Path) -> None:
         record_demonstrations(tmp_path / "dataset", TOY, RecordConfig(seed=2**30))
 
 
+def test_an_environment_that_does_not_tell_its_state_is_refused_at_once(tmp_path: Path) -> None:
+    record = RecordConfig(workers=1, format="frames", environment_state=True)
+    with pytest.raises(
+        RuntimeError, match=r"does not tell where things are.*record\.environment_state=false"
+    ):
+        record_demonstrations(tmp_path / "dataset", TOY, record)
+    assert not list((tmp_path / "dataset.parts").glob("shard_*"))
+
+
 def test_a_dying_worker_is_named_with_what_it_wrote(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError) as caught:
         record_demonstrations(
@@ -337,8 +411,8 @@ def test_a_dying_worker_is_named_with_what_it_wrote(tmp_path: Path) -> None:
 # The whole job
 
 
-def run_script(output: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(SCRIPT), f"--output={output}", f"--env.id={TOY.id}", *options]
+def run_script(output: Path, *options: str, env: EnvConfig = TOY) -> subprocess.Popen[str]:
+    command = [sys.executable, str(SCRIPT), f"--output={output}", f"--env.id={env.id}", *options]
     environment = os.environ | {"PYTHONPATH": str(TESTS)}
     return subprocess.Popen(
         command, cwd=output.parent, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -349,8 +423,9 @@ def run_script(output: Path, *options: str) -> subprocess.Popen[str]:
 @pytest.mark.filterwarnings("ignore")  # of lerobot and its dependencies
 def test_a_killed_recording_continues_without_losing_or_doubling(tmp_path: Path) -> None:
     options = ["--record.episodes=40", "--record.shard_episodes=4", "--record.noise=0.3"]
+    options.append("--record.environment_state=true")
     output, parts = tmp_path / "run", tmp_path / "run" / "dataset.parts"
-    first = run_script(output, *options, "--record.workers=2")
+    first = run_script(output, *options, "--record.workers=2", env=TURNS)
     deadline = time.monotonic() + 400  # a busy machine imports lerobot slowly
     try:
         while len(list(parts.glob("shard_*[0-9]"))) < 2:
@@ -365,7 +440,7 @@ def test_a_killed_recording_continues_without_losing_or_doubling(tmp_path: Path)
     assert 2 <= len(finished) < 10
     assert not (output / "dataset").exists()
 
-    second = run_script(output, *options, "--record.workers=1")
+    second = run_script(output, *options, "--record.workers=1", env=TURNS)
     stdout, stderr = second.communicate(timeout=400)
     assert second.returncode == 0, stderr
     assert "40 episodes" in stdout
@@ -375,8 +450,9 @@ def test_a_killed_recording_continues_without_losing_or_doubling(tmp_path: Path)
     recording = Recording.load(output / "dataset")
     kept = [json.loads(text) for text in finished.values()]
     assert all(episode in recording.episodes for shard in kept for episode in shard["episodes"])  # not redone
-    assert [episode["index"] for episode in recording.episodes] == list(range(40))
-    assert sum(episode["noise"] for episode in recording.episodes) == 20
+    expected = [*range(0, 40, 3), *range(1, 40, 3), *range(2, 40, 3)]  # task after task
+    assert [episode["index"] for episode in recording.episodes] == expected
+    assert sum(episode["noise"] for episode in recording.episodes) == 7 + 6 + 6  # of 14 + 13 + 13
 
     from lerobot.datasets import LeRobotDataset
 
@@ -386,23 +462,27 @@ def test_a_killed_recording_continues_without_losing_or_doubling(tmp_path: Path)
 
     store = FrameStore.open_or_build(output / "dataset")
     starts = np.unique(store.first)
-    env, _ = make_environment(TOY)
+    env, _ = make_environment(TURNS)
     for start, episode in zip(
         starts, recording.episodes, strict=True
     ):  # every episode is the one of its seed
-        frames, _ = demonstrate(env, episode["seed"], 0.3 if episode["noise"] else 0.0, 3)
+        noise = 0.3 if episode["noise"] else 0.0
+        frames, _ = demonstrate(env, episode["seed"], noise, 3, environment_state=True)
         assert frames is not None
         span = slice(start, start + len(frames))
         np.testing.assert_array_equal(store.state[span], [frame[STATE] for frame in frames])
         np.testing.assert_array_equal(store.action[span], [frame[ACTION] for frame in frames])
+        assert store.environment_state is not None
+        told = [frame[ENVIRONMENT_STATE] for frame in frames]
+        np.testing.assert_array_equal(store.environment_state[span], told)
         assert {store.tasks[i] for i in store.task[span]} == {frames[0][TASK]}
         truth = np.stack([frame["observation.images.front"] for frame in frames]).astype(float)
         assert np.abs(store.images["front"][span] - truth).max() <= 3  # of 255: what colour conversion costs
 
-    third = run_script(output, *options)
+    third = run_script(output, *options, env=TURNS)
     stdout, stderr = third.communicate(timeout=120)
     assert third.returncode == 0, stderr
-    fourth = run_script(output, *options, "--record.episodes=41")
+    fourth = run_script(output, *options, "--record.episodes=41", env=TURNS)
     _, stderr = fourth.communicate(timeout=120)
     assert fourth.returncode != 0
     assert "remedy" in stderr

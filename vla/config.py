@@ -53,7 +53,13 @@ class RecordConfig:
     workers: int = 0  # 0: one per core
     seed: int = 0  # scene of the first episode; evaluation starts elsewhere
     shard_episodes: int = 100  # what a kill can cost
+    # lerobot: a LeRobotDataset v3.0. frames: training's own arrays (vla.data.frames), which need no package but
+    # numpy and no decoding, and 3 bytes for each pixel of each frame.
+    format: str = "lerobot"
     vcodec: str = "h264"  # lossless 4:4:4; libsvtav1 is smaller, slower, and blurs colour
+    # Record what only the simulator knows (positions of things) as observation.environment_state: a target for
+    # model.auxiliary. LeRobot's own policies would take a column of that name as an input.
+    environment_state: bool = False
 
     def __post_init__(self) -> None:
         require(self.episodes > 0, "record.episodes", self.episodes, "a positive number")
@@ -70,6 +76,7 @@ class RecordConfig:
             "1 or more",
         )
         require(self.shard_episodes > 0, "record.shard_episodes", self.shard_episodes, "a positive number")
+        one_of("record.format", self.format, ("lerobot", "frames"))
 
 
 @dataclass(frozen=True)
@@ -215,6 +222,11 @@ class Job:
         require(
             self.evaluate.n_action_steps <= self.model.chunk_size, "evaluate.n_action_steps",
             self.evaluate.n_action_steps, f"at most model.chunk_size={self.model.chunk_size}",
+        )  # fmt: skip
+        streamed = self.data.stream and not self.data.mix
+        require(
+            not streamed or self.record.format == "lerobot", "data.stream", True,
+            f"false with record.format={self.record.format}, whose frames are decoded already",
         )  # fmt: skip
         image = self.model.image
         require(

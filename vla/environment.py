@@ -25,6 +25,11 @@ def enable_last_images(env: Any, enabled: bool) -> None:
         env.unwrapped.images_at_end = enabled
 
 
+def n_tasks(env: Any) -> int:
+    """How many tasks an environment plays in turns: a scene's is number `seed % n_tasks`. 1 where it does not say."""
+    return int(getattr(env.unwrapped, "n_tasks", 1))
+
+
 def make_env(env_id: str, kwargs: dict[str, Any], render: bool = False) -> tuple[gym.Env, Features]:
     """Make an environment by its id (`module:Id-v0`), and read its sizes and control rate.
 

@@ -1,10 +1,4 @@
-"""What one recording process does: the expert plays episodes, lerobot writes them as one shard.
-
-Seeds. Episode i first tries the scene `record.seed + i // instructions_per_scene`, told the
-scene's own instruction or, by i modulo that number, one of its alternatives. Attempt a > 0 takes
-RETRIES + (record.seed + i) * ATTEMPTS + a, unique to (i, a) and far above the seeds of
-evaluation. So the dataset does not depend on the number of workers nor on interruptions.
-"""
+"""What one recording process does: the expert plays episodes, and a writer keeps them as one shard."""
 
 from __future__ import annotations
 
@@ -24,18 +18,19 @@ from typing import Any
 import numpy as np
 
 from vla.config import EnvConfig, RecordConfig
-from vla.data.lerobot_writer import SHORTEST, create_dataset, dataset_features
-from vla.environment import enable_images, enable_last_images, make_env
-from vla.observation import ACTION, IS_SUCCESS, STATE, TASK, Features, camera_keys
+from vla.data.frames_writer import FOLDER, FrameShard, join_shards
+from vla.data.lerobot_writer import SHORTEST, LeRobotShard, join_datasets
+from vla.data.seeds import ATTEMPTS, attempt_seed, carries_noise, require_seeds, shard_episodes
+from vla.environment import enable_images, enable_last_images, make_env, n_tasks
+from vla.observation import ACTION, ENVIRONMENT_STATE, IS_SUCCESS, STATE, TASK, Features, camera_keys
 
-ATTEMPTS = 20  # per episode; an expert that fails more often is broken
-RETRIES = 2**30
+SHARD = "shard.json"
 LEAD_IN_HELD = 3  # steps that a random action of the lead-in is held
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One kept episode: the seed of its scene, and the price of getting it."""
+    """One kept episode: the seed of its scene, the price of getting it, and its instruction."""
 
     index: int
     seed: int
@@ -43,6 +38,7 @@ class Recorded:
     noise: bool
     frames: int
     steps: int  # environment steps, failed attempts included
+    task: str = ""  # of recordings older than this field
 
 
 @dataclass(frozen=True)
@@ -52,28 +48,13 @@ class Failed:
     text: str
 
 
-def attempt_seed(record: RecordConfig, index: int, attempt: int) -> int:
-    if attempt == 0:
-        return record.seed + index // record.instructions_per_scene
-    return RETRIES + (record.seed + index) * ATTEMPTS + attempt
-
-
-def carries_noise(record: RecordConfig, index: int) -> bool:
-    """Spreads the share `noise_episodes` evenly over the episodes, by index alone."""
-    share = record.noise_episodes if record.noise > 0 else 0.0
-    scene = index // record.instructions_per_scene
-    return int((scene + 1) * share) > int(scene * share)
-
-
-def shard_episodes(record: RecordConfig, shard: int) -> range:
-    start = shard * record.shard_episodes
-    return range(start, min(start + record.shard_episodes, record.episodes))
-
-
-def make_environment(config: EnvConfig, lead_in: int = 0) -> tuple[Any, Features]:
+def make_environment(
+    config: EnvConfig, lead_in: int = 0, environment_state: bool = False
+) -> tuple[Any, Features]:
     """The environment and its sizes. Raises ValueError when it cannot demonstrate.
 
     lead_in: as `demonstrate` takes it; random actions need bounds to be drawn from.
+    environment_state: whether it has to tell that.
     """
     env, features = make_env(config.id, config.kwargs)
     if not callable(getattr(env.unwrapped, "expert_action", None)):
@@ -81,6 +62,12 @@ def make_environment(config: EnvConfig, lead_in: int = 0) -> tuple[Any, Features
             f"{config.id} has no expert. got: no method expert_action(). "
             "expected: env.unwrapped.expert_action() -> (A,) float32. "
             "remedy: add it, or record the data another way."
+        )
+    if environment_state and not callable(getattr(env.unwrapped, "environment_state", None)):
+        raise ValueError(
+            f"{config.id} does not tell where things are. got: no method environment_state() with "
+            "record.environment_state=true. expected: env.unwrapped.environment_state() -> (K,) float32. "
+            "remedy: add it, or set record.environment_state=false."
         )
     bounds: Any = env.action_space
     if lead_in and not np.isfinite([bounds.low, bounds.high]).all():
@@ -94,7 +81,13 @@ def make_environment(config: EnvConfig, lead_in: int = 0) -> tuple[Any, Features
 
 
 def demonstrate(
-    env: Any, seed: int, noise: float, tail_steps: int, lead_in: int = 0, instruction: int = 0
+    env: Any,
+    seed: int,
+    noise: float,
+    tail_steps: int,
+    lead_in: int = 0,
+    instruction: int = 0,
+    environment_state: bool = False,
 ) -> tuple[list[dict[str, Any]] | None, int]:
     """One attempt: the frames if it succeeded, else None, and the number of steps it took.
 
@@ -105,6 +98,7 @@ def demonstrate(
     lead_in: at most so many steps of random motion come first and are not recorded: episodes then
     begin anywhere, and the way the hand moves does not give the instruction away.
     instruction: 0 is the scene's own, n its n-th alternative, counted around.
+    environment_state: whether frames hold the environment's own.
     """
     rng = np.random.default_rng((seed, 1 + instruction))
     low, high = env.action_space.low, env.action_space.high
@@ -130,6 +124,8 @@ def demonstrate(
     while remaining is None or remaining > 0:
         label = np.clip(np.asarray(env.unwrapped.expert_action(), np.float32), low, high)
         frame = {key: np.array(observation[key]) for key in [*camera_keys(observation), STATE]}
+        if environment_state:
+            frame[ENVIRONMENT_STATE] = np.array(env.unwrapped.environment_state(), np.float32)
         frames.append(frame | {ACTION: label, TASK: info[TASK]})
         executed = label + rng.normal(0, noise, label.shape) if noise else label
         observation, _, terminated, truncated, info = env.step(
@@ -149,15 +145,19 @@ def record_episode(
     env: Any, config: EnvConfig, record: RecordConfig, index: int
 ) -> tuple[list[dict[str, Any]], Recorded]:
     """Try until the expert succeeds. Raises RuntimeError after ATTEMPTS failures."""
-    noisy = carries_noise(record, index)
+    tasks = n_tasks(env)
+    noisy = carries_noise(record, index, tasks)
+    noise, told = record.noise if noisy else 0.0, index % record.instructions_per_scene
     steps = 0
     for attempt in range(ATTEMPTS):
-        seed = attempt_seed(record, index, attempt)
-        noise, told = record.noise if noisy else 0.0, index % record.instructions_per_scene
-        frames, taken = demonstrate(env, seed, noise, record.tail_steps, record.lead_in, told)
+        seed = attempt_seed(record, index, attempt, tasks)
+        frames, taken = demonstrate(
+            env, seed, noise, record.tail_steps, record.lead_in, told, record.environment_state
+        )
         steps += taken
         if frames is not None:
-            return frames, Recorded(index, seed, attempt + 1, noisy, len(frames), steps)
+            task = frames[0][TASK]
+            return frames, Recorded(index, seed, attempt + 1, noisy, len(frames), steps, task)
     raise RuntimeError(
         f"The expert of {config.id} failed. got: {ATTEMPTS} failed attempts at episode {index}, "
         f"the first with seed {attempt_seed(record, index, 0)}. expected: a success. "
@@ -174,40 +174,37 @@ def write_shard(
     parts: Path,
     report: Connection,
 ) -> None:
-    """Record one shard as a LeRobotDataset of its own; it appears complete or not at all."""
-    importlib.import_module("lerobot.datasets")  # takes long, once for each process
+    """Record one shard in the form of record.format; it appears complete or not at all."""
+    if record.format == "lerobot":
+        importlib.import_module("lerobot.datasets")  # takes long, once for each process
     start = time.perf_counter()
     unfinished = parts / f"shard_{shard:05d}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)  # of a killed run
-    columns = dataset_features(features, getattr(env.unwrapped, "feature_names", None))
-    size = record.shard_episodes
-    dataset = create_dataset(unfinished, "demonstrations", features.fps, columns, record.vcodec, size)
+    if record.format == "frames":
+        writer = FrameShard(unfinished, features)
+    else:
+        names = getattr(env.unwrapped, "feature_names", None)
+        writer = LeRobotShard(unfinished, features, names, record.vcodec, record.shard_episodes)
     episodes = []
-    for index in shard_episodes(record, shard):
+    for index in shard_episodes(record, shard, n_tasks(env)):
         frames, recorded = record_episode(env, config, record, index)
-        for frame in frames:
-            dataset.add_frame(frame)
-        dataset.save_episode()
+        writer.add(frames)
         episodes.append(asdict(recorded))
         report.send(recorded)
-    dataset.finalize()
+    writer.close()
     summary = {"seconds": time.perf_counter() - start, "episodes": episodes}
-    (unfinished / "shard.json").write_text(json.dumps(summary), encoding="utf-8")
+    (unfinished / SHARD).write_text(json.dumps(summary), encoding="utf-8")
     os.rename(unfinished, parts / f"shard_{shard:05d}")
 
 
-def merge_shards(parts: Path, n_shards: int, target: Path) -> None:
-    """Join finished shards, in order, without encoding again."""
-    from lerobot.datasets.aggregate import aggregate_datasets
-
-    roots = [parts / f"shard_{shard:05d}" for shard in range(n_shards)]
-    aggregate_datasets(
-        repo_ids=["local/demonstrations"] * n_shards,
-        aggr_repo_id="local/demonstrations",
-        roots=roots,
-        aggr_root=target,
-        concatenate_videos=False,  # joining files one by one rewrites the first ones ever again
-    )
+def merge_shards(parts: Path, n_shards: int, target: Path, form: str = "lerobot") -> None:
+    """Join finished shards, in order, to the dataset `target`; form: as record.format."""
+    shards = [parts / f"shard_{shard:05d}" for shard in range(n_shards)]
+    if form == "lerobot":
+        return join_datasets(shards, target)
+    summaries = [json.loads((shard / SHARD).read_text(encoding="utf-8")) for shard in shards]
+    episodes = [[(e["frames"], e["task"]) for e in summary["episodes"]] for summary in summaries]
+    join_shards(shards, episodes, target / FOLDER)
 
 
 def silence(log: Path) -> None:
@@ -229,15 +226,17 @@ def work(config: EnvConfig, record: RecordConfig, parts: Path, log: Path, orders
     silence(log)
     env = None
     try:
-        env, features = make_environment(
-            config, record.lead_in
-        )  # first: it may fail, and importing lerobot takes long
-        importlib.import_module("datasets").disable_progress_bars()
+        # First: it may fail, and importing lerobot takes long.
+        env, features = make_environment(config, record.lead_in, record.environment_state)
+        require_seeds(record, n_tasks(env))
+        if record.format == "lerobot":
+            importlib.import_module("datasets").disable_progress_bars()
         while (order := orders.recv()) is not None:
             if isinstance(order, int):
                 write_shard(env, features, config, record, order, parts, orders)
             else:
-                merge_shards(parts, *order)
+                n_shards, target = order
+                merge_shards(parts, n_shards, target, record.format)
             orders.send(order)
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         pass  # the parent is gone

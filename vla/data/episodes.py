@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vla.data.lerobot_v3 import DatasetFolder, error, frames_at
+from vla.data.lerobot_v3 import DatasetFolder, error
+from vla.data.video import frames_at
 
 Group = tuple[Path, int, int]  # a parquet file, a row group of it, and the first frame there
 

@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from vla.data.frames_writer import FOLDER, recorded_cameras
 from vla.data.normalize import require_finite
-from vla.observation import ACTION, IMAGES, STATE
+from vla.data.video import frames_at
+from vla.observation import ACTION, ENVIRONMENT_STATE, IMAGES, STATE
 
 CODEBASE_VERSION = "v3."
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"  # lerobot's default
@@ -27,7 +29,9 @@ VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.m
 
 @dataclass(frozen=True)
 class Numeric:
-    """state (N, P), action (N, A) float32; starts, lengths (episodes,); task (N,) into tasks."""
+    """state (N, P), action (N, A) float32; starts, lengths (episodes,); task (N,) into tasks;
+    environment_state (N, K) float32, None where the dataset has none.
+    """
 
     state: np.ndarray
     action: np.ndarray
@@ -35,10 +39,24 @@ class Numeric:
     lengths: np.ndarray
     task: np.ndarray
     tasks: list[str]
+    environment_state: np.ndarray | None = None
 
 
 def error(what: str, got: Any, expected: str, remedy: str) -> ValueError:
     return ValueError(f"{what} got: {got}. expected: {expected}. remedy: {remedy}.")
+
+
+def select_cameras(names: Iterable[str], held: Iterable[str], root: Path) -> list[str]:
+    """The names, sorted, all that are held when empty. Raises ValueError for one that is not."""
+    held = sorted(held)
+    names = sorted(set(names)) or held
+    missing = [name for name in names if name not in held]
+    if missing:
+        raise error(
+            f"Cameras not in the dataset in {root}.", missing, f"some of {held}",
+            "correct data.cameras, or leave it empty for all",
+        )  # fmt: skip
+    return names
 
 
 def download(repo_id: str, root: Path) -> None:
@@ -61,6 +79,12 @@ class DatasetFolder:
     def open(cls, root: Path) -> DatasetFolder:
         """Raises FileNotFoundError or ValueError unless training could use the dataset."""
         path = root / "meta" / "info.json"
+        if recorded_cameras(root / FOLDER):
+            raise error(
+                f"The dataset in {root} is a frame store.", "what record.format=frames writes",
+                "a LeRobotDataset v3.0, which data.stream=true and lerobot's tools read",
+                "set data.stream=false, or record with record.format=lerobot",
+            )  # fmt: skip
         if not path.is_file():
             raise FileNotFoundError(
                 f"No dataset. got: no file {path}. expected: a LeRobotDataset v3.0 in {root}. "
@@ -117,15 +141,7 @@ class DatasetFolder:
         return {key.removeprefix(IMAGES).removeprefix("observation."): key for key in sorted(keys)}
 
     def select_cameras(self, names: Iterable[str]) -> list[str]:
-        """The names, sorted, all when empty. Raises ValueError for one that the dataset lacks."""
-        names = sorted(set(names)) or sorted(self.cameras)
-        missing = [name for name in names if name not in self.cameras]
-        if missing:
-            raise error(
-                f"Cameras not in the dataset in {self.root}.", missing, f"some of {sorted(self.cameras)}",
-                "correct data.cameras, or leave it empty for all",
-            )  # fmt: skip
-        return names
+        return select_cameras(names, self.cameras, self.root)
 
     def fingerprint(self) -> str:
         """Changes whenever a file of the dataset is added, removed, replaced or rewritten."""
@@ -138,6 +154,12 @@ class DatasetFolder:
                         f"{path.relative_to(self.root)} {status.st_size} {status.st_mtime_ns}\n".encode()
                     )
         return digest.hexdigest()
+
+    @property
+    def has_environment_state(self) -> bool:
+        """Whether there is a column of what only a simulator knows, numbers in a row."""
+        feature = self.info["features"].get(ENVIRONMENT_STATE, {"dtype": "", "shape": ()})
+        return feature["dtype"].startswith("float") and len(feature["shape"]) == 1
 
     def _parquet(self, folder: str, columns: list[str]) -> Any:
         """These columns of all parquet files in a folder, as one table."""
@@ -179,7 +201,8 @@ class DatasetFolder:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        table = self._parquet("data", [STATE, ACTION, "episode_index", "task_index"])
+        keys = [STATE, ACTION, *([ENVIRONMENT_STATE] if self.has_environment_state else [])]
+        table = self._parquet("data", [*keys, "episode_index", "task_index"])
         starts = self.episodes["dataset_from_index"]
         lengths = self.episodes["dataset_to_index"] - starts
         n = self.info["total_frames"]
@@ -192,7 +215,7 @@ class DatasetFolder:
                 f"{n} frames, episode after episode", "copy or record the dataset again",
             )  # fmt: skip
         arrays = {}
-        for key in (STATE, ACTION):
+        for key in keys:
             column = table[key].combine_chunks()
             if pa.types.is_nested(column.type):  # (1,) is stored as plain numbers
                 column = column.flatten()
@@ -209,6 +232,7 @@ class DatasetFolder:
             lengths,
             table["task_index"].to_numpy().astype(np.int64),
             text,
+            arrays.get(ENVIRONMENT_STATE),
         )
 
     def decode(self, cameras: list[str], targets: dict[str, Path]) -> None:
@@ -284,36 +308,3 @@ class DatasetFolder:
 def is_depth(feature: dict[str, Any]) -> bool:
     info = feature.get("info") or {}
     return bool(info.get("is_depth_map") or info.get("video.is_depth_map"))
-
-
-def frames_at(path: Path, seconds: np.ndarray, fps: int, seek: bool = False) -> Iterator[np.ndarray]:
-    """The frame nearest to each of `seconds` (ascending), decoding the video once.
-
-    seek: from the key frame before the first one, instead of from the video's beginning.
-
-    Raises ValueError when no frame lies within half a frame's time.
-    """
-    import av
-
-    wanted = iter(seconds.tolist())
-    second = next(wanted, None)
-    half = 0.5 / fps
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "NONE" if seek else "AUTO"  # a few frames are decoded before threads have begun
-        if seek and stream.time_base:
-            container.seek(int((seconds[0] + half / 2) / stream.time_base), stream=stream)
-        for frame in container.decode(stream):
-            now = float(frame.time or 0.0)
-            if second is None or second <= now - half:
-                break
-            if second < now + half:
-                image = frame.to_ndarray(format="rgb24")
-                while second is not None and second < now + half:
-                    yield image
-                    second = next(wanted, None)
-    if second is not None:
-        raise error(
-            f"A frame is missing in {path}.", f"none at {second:.3f} s", f"one every {1 / fps:.3f} s",
-            "copy or record the dataset again",
-        )  # fmt: skip

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vla.observation import ACTION, IMAGES, STATE, Features
+from vla.observation import ACTION, ENVIRONMENT_STATE, IMAGES, STATE, Features
 
 # Full chroma and no quantisation: the policy must see in training what it sees in evaluation. Measured
 # on rendered scenes at 64 px (128 px): largest error 2 of 255 and 53 dB at 0.2 (0.3) ms and 2.0 (3.8) kB a
@@ -17,10 +18,13 @@ VIDEO_FILE_MB = 4  # lerobot rewrites the last file for every episode it appends
 SHORTEST = 2  # frames; lerobot 0.6.1 computes no statistics of a video of one frame, and fails later
 
 
-def dataset_features(features: Features, names: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:
+def dataset_features(
+    features: Features, names: Mapping[str, Sequence[str]] | None = None, environment_state: int = 0
+) -> dict[str, Any]:
     """The columns as LeRobotDataset.create takes them; names: of the entries of state and action, by key.
 
     LeRobot's viewer shows names, and lerobot-replay sends actions to a robot by them.
+    environment_state: how many numbers of it there are; 0: no such column.
     """
     columns: dict[str, Any] = {
         IMAGES + name: {"dtype": "video", "shape": (*size, 3), "names": ["height", "width", "channels"]}
@@ -29,6 +33,8 @@ def dataset_features(features: Features, names: Mapping[str, Sequence[str]] | No
     for key, width in ((STATE, features.state_dim), (ACTION, features.action_dim)):
         own = list((names or {}).get(key, ())) or None
         columns[key] = {"dtype": "float32", "shape": (width,), "names": own}
+    if environment_state:
+        columns[ENVIRONMENT_STATE] = {"dtype": "float32", "shape": (environment_state,), "names": None}
     return columns
 
 
@@ -56,4 +62,51 @@ def create_dataset(
         rgb_encoder=RGBEncoderConfig(vcodec=vcodec, **ENCODERS.get(vcodec, {})),
         video_files_size_in_mb=VIDEO_FILE_MB,
         metadata_buffer_size=episodes,
+    )
+
+
+class LeRobotShard:
+    """One shard of demonstrations, as a LeRobotDataset of its own.
+
+    names: as `dataset_features` takes them; episodes: how many it will hold.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        features: Features,
+        names: Mapping[str, Sequence[str]] | None,
+        vcodec: str,
+        episodes: int,
+    ) -> None:
+        self.root, self.features, self.names = root, features, names
+        self.vcodec, self.episodes = vcodec, episodes
+        self.dataset: Any = None
+
+    def add(self, frames: list[dict[str, Any]]) -> None:
+        """Append an episode."""
+        if self.dataset is None:  # the first one tells how large the environment's state is
+            columns = dataset_features(self.features, self.names, len(frames[0].get(ENVIRONMENT_STATE, ())))
+            self.dataset = create_dataset(
+                self.root, "demonstrations", self.features.fps, columns, self.vcodec, self.episodes
+            )
+        for frame in frames:
+            self.dataset.add_frame(frame)
+        self.dataset.save_episode()
+
+    def close(self) -> None:
+        self.dataset.finalize()
+
+
+def join_datasets(shards: Sequence[Path], target: Path) -> None:
+    """Join LeRobotDatasets, in order, without encoding again; begins anew where a killed call was."""
+    from lerobot.datasets.aggregate import aggregate_datasets
+
+    shutil.rmtree(target, ignore_errors=True)
+    aggregate_datasets(
+        repo_ids=["local/demonstrations"] * len(shards),
+        aggr_repo_id="local/demonstrations",
+        roots=list(shards),
+        aggr_root=target,
+        concatenate_videos=False,  # joining files one by one rewrites the first ones ever again
     )

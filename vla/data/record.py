@@ -1,4 +1,4 @@
-"""Records demonstrations of a gymnasium environment's own expert into a LeRobotDataset v3.0.
+"""Records demonstrations of a gymnasium environment's own expert: a LeRobotDataset v3.0, or a frame store.
 
 Worker processes record shards of episodes into `<root>.parts/`; a finished shard is renamed to
 its place, so a killed run continues with the shards it lacks. In the end the shards become
@@ -24,11 +24,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vla.config import EnvConfig, RecordConfig, require
-from vla.data.demonstrate import RETRIES, Failed, Recorded, shard_episodes, work
+from vla.config import EnvConfig, RecordConfig
+from vla.data.demonstrate import SHARD, Failed, Recorded, work
+from vla.data.seeds import require_seeds, shard_episodes
 from vla.system import cores
 
 SUMMARY = Path("meta") / "recording.json"
+# What fields that came later were in recordings that do not name them.
+EARLIER = {"format": "lerobot", "environment_state": False}
 # Processes share the cores, so each gets one; libraries read these when they are imported.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "SVT_LOG": "1"}
 
@@ -69,10 +72,7 @@ def record_demonstrations(root: Path, env: EnvConfig, record: RecordConfig) -> R
     Returns at once when the dataset is there. Raises ValueError when what is there was recorded
     with another configuration, RuntimeError when a worker fails.
     """
-    require(
-        record.seed >= 0 and record.seed + record.episodes <= RETRIES // 32, "record.seed", record.seed,
-        f"0 ≤ seed ≤ {RETRIES // 32} - episodes",
-    )  # fmt: skip
+    require_seeds(record)
     wanted = content(env, record)
     parts = root.with_name(root.name + ".parts")
     if done := finished(root, parts, wanted):
@@ -107,15 +107,16 @@ def record_parts(
     ):  # what is finished must not be mixed with other data
         require_same(json.loads(config.read_text(encoding="utf-8")), wanted | sharding(record), parts)
     else:
+        shutil.rmtree(parts / "merged", ignore_errors=True)  # of another configuration
         unfinished = config.with_suffix(".tmp")
         unfinished.write_text(json.dumps(wanted | sharding(record)), encoding="utf-8")
         unfinished.rename(config)
-    merged = root.with_name(root.name + ".tmp")
-    shutil.rmtree(merged, ignore_errors=True)
 
+    merged = parts / "merged"
     n_shards = -(-record.episodes // record.shard_episodes)
     run_workers(parts, env, record, n_shards, merged)
     summary = summarise(parts, n_shards, env, record, time.perf_counter() - start)
+    (merged / SUMMARY).parent.mkdir(exist_ok=True)
     (merged / SUMMARY).write_text(json.dumps(asdict(summary), indent=1) + "\n", encoding="utf-8")
     merged.rename(root)
     shutil.rmtree(parts)
@@ -135,6 +136,7 @@ def sharding(record: RecordConfig) -> dict[str, Any]:
 
 
 def require_same(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+    found = EARLIER | found
     different = sorted(name for name in wanted if found.get(name) != wanted[name])
     if different:
         raise ValueError(
@@ -279,7 +281,7 @@ def obey(workers: list[Worker], orders: list[Any], show: Callable[[Recorded], No
 
 def summarise(parts: Path, n_shards: int, env: EnvConfig, record: RecordConfig, seconds: float) -> Recording:
     shards = [
-        json.loads((parts / f"shard_{shard:05d}" / "shard.json").read_text(encoding="utf-8"))
+        json.loads((parts / f"shard_{shard:05d}" / SHARD).read_text(encoding="utf-8"))
         for shard in range(n_shards)
     ]
     episodes = [Recorded(**episode) for shard in shards for episode in shard["episodes"]]

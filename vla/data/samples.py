@@ -44,6 +44,10 @@ class Samples:
         self.frames = self._home({name: as_tensor(x) for name, x in store.images.items()})
         self.state = as_tensor(store.state).to(self.device)  # (N, P)
         self.action = as_tensor(store.action).to(self.device)  # (N, A)
+        privileged = store.environment_state
+        self.environment_state = (
+            None if privileged is None else as_tensor(privileged).to(self.device)
+        )  # (N, K)
         self.task = as_tensor(store.task).to(self.device)  # (N,)
         self.first = as_tensor(store.first).to(self.device)  # (N,) the episode's first frame
         self.last = as_tensor(store.last).to(self.device)  # (N,) its last
@@ -95,6 +99,7 @@ class Samples:
             task=self.task[index],
             action=self.action[torch.minimum(ahead, last)],
             action_is_pad=ahead > last,
+            environment_state=None if self.environment_state is None else self.environment_state[index],
         )
 
     def seen(self, index: Tensor) -> Tensor:
