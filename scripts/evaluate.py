@@ -9,6 +9,7 @@ videos/ and report.html go to --output, by default the job's own (of an export, 
 With CONFIG, a YAML file, the job is that one's, and results go to evaluation/ in the folder that was named. What
 lerobot-train wrote plays too, ours or any policy of LeRobot's (its output, or a folder pretrained_model, beside which
 evaluation/ lies then); it needs a CONFIG.
+An evaluation that was killed goes on with the same command, which plays what is missing.
 `--expert` has the environment's scripted expert play instead, through the same machinery, which checks
 the evaluator and the environment; its results go to <output>/expert.
 """
@@ -34,7 +35,7 @@ def main(job: Job, checkpoint: Path | None) -> Evaluation:
     if not launched():
         return main_on(Ranks(), job, checkpoint)
     ranks = start(job.evaluate.device)
-    with ranks.together("evaluate", lambda: "the same command begins again"):
+    with ranks.together("evaluate", lambda: "the same command goes on"):
         return main_on(ranks, job, checkpoint)
 
 
@@ -54,7 +55,7 @@ def main_on(ranks: Ranks, job: Job, checkpoint: Path | None) -> Evaluation:
         if policy.checkpoint is not None and not metrics.is_file():
             metrics = policy.checkpoint.parent.parent / metrics.name
     folder = Path(job.output)
-    result = evaluate(policy, job, ranks=ranks)
+    result = evaluate(policy, job, ranks=ranks, keep=True)
     if not ranks.main:
         return result
     data = result.as_dict(folder)
@@ -100,11 +101,14 @@ def table(data: dict[str, Any]) -> str:
         for name in ("blank", "shuffled")
         if name in data["controls"]
     }
-    lines = [f"{'':24} success   95 % interval   episodes"]
+    width = max(24, *map(len, groups))
+    lines = [f"{'':{width}} success   95 % interval   episodes"]
     for name, group in groups.items():
         low, high = group["wilson_95"]
         bounds = f"{100 * low:.0f} – {100 * high:.0f} %"
-        lines.append(f"{name:24} {percent(group['success_rate']):>7} {bounds:>15} {group['n_episodes']:>10}")
+        lines.append(
+            f"{name:{width}} {percent(group['success_rate']):>7} {bounds:>15} {group['n_episodes']:>10}"
+        )
     return "\n".join(lines)
 
 
@@ -143,4 +147,4 @@ if __name__ == "__main__":
     except (ValueError, OSError, RuntimeError) as error:  # ConfigError and EnvironmentCrash among them
         sys.exit(f"evaluate: {error}")
     except KeyboardInterrupt:
-        sys.exit("evaluate: interrupted. Nothing was saved; the same command begins again.")
+        sys.exit("evaluate: interrupted. The same command goes on with what is missing.")

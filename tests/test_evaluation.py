@@ -10,7 +10,7 @@ from toy_env import COLOURS, ToyPolicy
 
 from vla.config import EnvConfig, EvaluateConfig, Job
 from vla.evaluation import EnvironmentCrash, evaluate
-from vla.evaluation.episodes import Episode, Row, wrong_texts
+from vla.evaluation.episodes import Episode, Row, failures_to_film, wrong_texts
 from vla.observation import Features
 from vla.provenance import portable
 from vla.rates import rate, wilson
@@ -74,6 +74,22 @@ class Line(gym.Env):
 if "Line-v0" not in gym.registry:
     gym.register("Line-v0", entry_point=Line, max_episode_steps=20)
 LINE = EnvConfig(f"{__name__}:Line-v0")
+
+
+class Watched(Line):
+    """Line with an expert, which insists on so many pictures: none, or one of each observation."""
+
+    def __init__(self, drawn: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.drawn = drawn
+
+    def expert_action(self) -> np.ndarray:
+        assert self.pictures == (self.steps + 1 if self.drawn else 0)
+        return np.ones(1, np.float32)
+
+
+if "Watched-v0" not in gym.registry:
+    gym.register("Watched-v0", entry_point=Watched, max_episode_steps=20)
 
 
 class LinePolicy:
@@ -258,6 +274,15 @@ def test_the_expert_scores_what_it_scores_when_stepped_directly():
     assert {row.episode.control for row in evaluation.rows} == {"standard", "counterfactual"}
 
 
+@pytest.mark.parametrize("filmed", [False, True])
+def test_nothing_is_drawn_for_an_expert_but_films(tmp_path, filmed):
+    env = EnvConfig(f"{__name__}:Watched-v0", {"drawn": filmed})
+    settings = job(env, tmp_path, episodes=1, slots=1, controls=False, videos=int(filmed))
+    evaluation = evaluate(None, settings, progress=False)
+    assert evaluation.success_rate == 1
+    assert bool(evaluation.rows[0].video) == filmed
+
+
 def test_controls_do_what_they_say():
     evaluation = evaluate(ToyPolicy(), job(), progress=False)
     assert evaluation.summary["success_rate"] == evaluation.summary["counterfactual_pair_rate"] == 1
@@ -294,6 +319,34 @@ def test_wrong_texts_come_from_episodes_of_the_same_skill_without_alternatives()
     rows = [row("press red", "press"), row("touch red", "touch"), row("press blue", "press")]
     rows.append(row("press red", "press"))
     assert wrong_texts(rows) == ["press blue", None, "press red", "press blue"]
+
+
+def failures(skills: dict[str, str], count: int, filmed: tuple[int, ...] = ()) -> list[tuple[str, int]]:
+    """What is filmed; skills: of each, what became of its episodes: w won, f failed. They are played in turns."""
+    rows = []
+    for number, outcomes in enumerate(zip(*skills.values(), strict=True)):
+        for place, (skill, outcome) in enumerate(zip(skills, outcomes, strict=True)):
+            index = number * len(skills) + place
+            row = Row(Episode("a", "standard", index, index), "", "", skill, success=outcome == "w")
+            row.video = "a film" if index in filmed else None
+            rows.append(row)
+    chosen = [episode.index for episode in failures_to_film(rows, count)]
+    return [(rows[index].skill, index) for index in chosen]
+
+
+def test_the_skills_that_fail_most_are_filmed_first():
+    skills = {"good": "wwww", "fair": "fwwf", "bad": "wfff", "worse": "ffff"}
+    assert failures(skills, 2) == [("worse", 3), ("bad", 6)]
+    assert failures(skills, 5) == [("worse", 3), ("bad", 6), ("fair", 1), ("worse", 7), ("bad", 10)]
+    assert failures(skills, 3, filmed=(1, 7)) == [("bad", 6)]  # a filmed failure will do for its skill
+    assert failures(skills, 3, filmed=(0, 2)) == failures(skills, 3)  # a success will not
+    assert len(failures(skills, 100)) == 9
+
+
+def test_without_skills_the_first_failures_are_filmed():
+    assert failures({"": "wffwff"}, 2) == [("", 1), ("", 2)]
+    assert failures({"": "wffwff"}, 2, filmed=(4,)) == [("", 1)]
+    assert failures({"": "wffwff"}, 1, filmed=(4, 5)) == []
 
 
 def test_splits_are_environments_of_their_own():

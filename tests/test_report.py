@@ -112,6 +112,24 @@ def test_report_escapes_every_text(evaluation):
     assert not Page(folder / "report.html").of("script")
 
 
+def test_of_many_skills_the_one_that_fails_most_comes_first(evaluation):
+    folder = Path(evaluation.job.output)
+    data = evaluation.as_dict(folder)
+    skills = {
+        f"skill-{number:02}": data["splits"]["seen"] | {"success_rate": number * 7 % 50 / 50}
+        for number in range(50)
+    }
+    data["splits"]["seen"]["skills"] = data["skills"] = skills
+    data["time"]["parts"] = 3
+    text = write_report(data, folder).read_text(encoding="utf-8")
+    named = re.findall(r"<tr class='under'><td>(skill-\d+)", text)
+    assert named == sorted(skills, key=lambda skill: skills[skill]["success_rate"])
+    assert "in 3 parts" in text
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", text)
+    assert all(" · reach" in caption for caption in captions if "outcome" in caption)
+    Page(folder / "report.html")
+
+
 def test_films_without_room_are_linked(evaluation, monkeypatch):
     folder = Path(evaluation.job.output)
     assert EMBED_BYTES * 4 / 3 < 16e6

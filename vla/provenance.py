@@ -12,7 +12,8 @@ from typing import Any
 from vla.system import cores
 
 PACKAGES = (
-    "torch", "numpy", "timm", "transformers", "gymnasium", "mujoco", "lerobot", "onnxruntime", "ruckig", "websockets",
+    "torch", "numpy", "timm", "transformers", "gymnasium", "mujoco", "metaworld", "lerobot", "onnxruntime", "ruckig",
+    "websockets",
 )  # fmt: skip
 
 

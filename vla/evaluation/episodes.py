@@ -9,6 +9,7 @@ Controls show whether the instruction is read at all. All play scenes of the fir
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -119,8 +120,18 @@ def wrong_texts(rows: list[Row]) -> list[str | None]:
 
 
 def failures_to_film(rows: list[Row], count: int) -> list[Episode]:
-    """Failed standard episodes that nobody filmed, so that with the filmed ones there are `count`."""
-    failed = [row for row in rows if row.episode.control == STANDARD and not row.success]
-    failed.sort(key=lambda row: row.episode.index)  # all splits get their share
-    missing = max(0, count - sum(row.video is not None for row in failed))
-    return [replace(row.episode, film=True) for row in failed if row.video is None][:missing]
+    """Failed standard episodes that nobody filmed, so that with filmed ones there are `count`: one of each skill,
+    from the one that fails most, then a second of each; all splits get their share.
+    """
+    standard = [row for row in rows if row.episode.control == STANDARD]
+    played = Counter(row.skill for row in standard)
+    failed = [row for row in standard if not row.success]
+    failures = Counter(row.skill for row in failed)
+    failed.sort(key=lambda row: (row.video is None, row.episode.index))  # of one skill, filmed ones first
+    seen: Counter[str] = Counter()
+    ranked = []
+    for row in failed:
+        ranked.append((seen[row.skill], -failures[row.skill] / played[row.skill], row.episode.index, row))
+        seen[row.skill] += 1
+    ranked.sort(key=lambda entry: entry[:3])
+    return [replace(row.episode, film=True) for *_, row in ranked[:count] if row.video is None]

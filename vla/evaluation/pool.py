@@ -30,6 +30,7 @@ class EnvironmentCrash(RuntimeError):
 class Workers:
     """`n` processes that host `slots` environments side by side. A context manager.
 
+    features, n_tasks: what the environments are; the latter by split, see vla/environment.py;
     images: camera key -> (slots, T, h, w, 3) uint8; state: (slots, T, P) float32;
     actions: (slots, n_action_steps, A) float32: live views of what the workers see.
     Raises ValueError for an environment that cannot be used, EnvironmentCrash for one that fails.
@@ -46,7 +47,10 @@ class Workers:
                 mine = tuple(slot for slot in range(slots) if self.owner[slot] == worker)
                 self.pipes[worker].send(("open", replace(setup, slots=mine)))
             replies = [self._reply(worker) for worker in range(n)]
-            self.features = replies[0]
+            self.features, self.n_tasks = (
+                replies[0].features,
+                replies[0].n_tasks,
+            )  # which looked at all splits
             self._share(slots, setup)
         except BaseException:
             self.close()

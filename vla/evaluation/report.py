@@ -122,16 +122,17 @@ class Films:
         if self.room >= 0:
             source = "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
         outcome = "success" if row["success"] else "failure"
+        skill = "" if len(self.data["skills"]) < 2 else f" · {escape(row['skill'])}"
         split = "" if len(self.data["splits"]) == 1 else f" · {escape(row['split'])}"
         return (
             f'<figure class="film {outcome}"><video src="{source}" autoplay muted loop playsinline></video>'
             f'<figcaption>{escape(row["text"])}<span class="outcome"><b>{outcome}</b> · '
-            f"{row['steps'] / self.data['fps']:.1f} s{split}</span></figcaption></figure>"
+            f"{row['steps'] / self.data['fps']:.1f} s{skill}{split}</span></figcaption></figure>"
         )
 
 
 def table(data: dict[str, Any]) -> str:
-    """Every split with its skills, then the controls."""
+    """Every split with its skills, the one that fails most first, then the controls."""
 
     def row(name: str, group: dict[str, Any], under: bool = False) -> str:
         steps = group.get("mean_steps_of_successes")
@@ -149,7 +150,8 @@ def table(data: dict[str, Any]) -> str:
     for split, group in data["splits"].items():
         lines.append(row("all scenes" if split == "default" else split, group))
         if len(group["skills"]) > 1:
-            lines += [row(skill, part, under=True) for skill, part in group["skills"].items()]
+            skills = sorted(group["skills"].items(), key=lambda item: item[1]["success_rate"])
+            lines += [row(skill, part, under=True) for skill, part in skills]
     if data["controls"]:
         lines.append('<tr class="group"><td colspan="6">Does it read the instruction?</td></tr>')
         if data["counterfactual_pairs"]["n_episodes"]:
@@ -190,8 +192,9 @@ def curves(metrics: Path | None) -> str:
 def footer(data: dict[str, Any]) -> str:
     """Where and with what it was measured."""
     clock, machine = data["time"], data["machine"]
+    parts = f"in {clock['parts']} parts, since it was interrupted, " if clock["parts"] > 1 else ""
     facts = {
-        "Evaluation": f"{clock['wall_s']:.0f} s with {clock['workers']} workers, "
+        "Evaluation": f"{clock['wall_s']:.0f} s with {clock['workers']} workers, {parts}"
         f"{clock['env_steps_per_s']:.0f} environment steps a second; {percent(clock['env_share'])} of the "
         f"time in the environment, {percent(clock['policy_share'])} in the policy",
         "Machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, "

@@ -8,9 +8,8 @@ the last bits, and not at all on the number of workers.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from vla.control.schedule import Schedule
 from vla.evaluation.episodes import STANDARD, Episode, Row
 from vla.evaluation.pool import Workers
+from vla.evaluation.turns import Place, Turns
 from vla.observation import IMAGES, Features
 
 
@@ -46,13 +46,14 @@ class ChunkPolicy(Protocol):
 
 @dataclass
 class Clock:
-    """Where the time went, in wall seconds."""
+    """Where the time went, in wall seconds. parts: how often the evaluation was begun; > 1 when it was killed."""
 
     wall_s: float = 0.0
     env_s: float = 0.0
     policy_s: float = 0.0
     env_steps: int = 0
     policy_calls: int = 0
+    parts: int = 1
 
     @classmethod
     def of(cls, clocks: list[Clock]) -> Clock:
@@ -64,11 +65,16 @@ class Clock:
         steps, calls = sum(c.env_steps for c in clocks), sum(c.policy_calls for c in clocks)
         return cls(wall, env, policy, steps, calls)
 
+    @classmethod
+    def after(cls, clocks: list[Clock]) -> Clock:
+        """Of parts of one evaluation, one after the other: all are summed."""
+        return cls(*(sum(getattr(clock, field.name) for clock in clocks) for field in fields(cls)))
+
 
 class Rollouts:
     """Plays episodes in the slots of `workers`. Without a policy the environment's expert plays.
 
-    without: cameras that the policy is not shown.
+    without: cameras that the policy is not shown; n_tasks: of each split's environment, see turns.py.
     """
 
     def __init__(
@@ -78,21 +84,25 @@ class Rollouts:
         policy: ChunkPolicy | None,
         folder: Path,
         without: Sequence[str] = (),
+        n_tasks: dict[str, int] | None = None,
     ) -> None:
         self.workers, self.schedules, self.policy, self.folder = workers, schedules, policy, folder
         wanted = policy.features.cameras if policy else {}  # the environment may show more
         self.cameras = sorted(set(wanted) - set(without))
         self.texts = [""] * len(schedules)  # what the policy is told, by slot
         self.active: dict[int, Row] = {}
+        self.n_tasks, self.last = n_tasks or {}, dict[int, Place]()  # what each slot has loaded
         self.clock = Clock()
 
     def play(self, episodes: list[Episode], more: Callable[[list[Row]], list[Episode]] | None = None,
-             progress: bool = True) -> list[Row]:  # fmt: skip
-        """Play all episodes, in order; a row each, in that order.
+             progress: bool = True, finished: Callable[[Row], None] | None = None) -> list[Row]:  # fmt: skip
+        """Play all episodes; a row each, in the order in which they began, which is that of turns.py.
 
         more: called once, when all have begun: further episodes that depend on what those showed.
+        finished: called with every row as soon as its episode has ended.
         """
-        queue, rows = deque(episodes), []
+        queue, rows = Turns(self.n_tasks), []
+        queue.extend(episodes)
         bar = tqdm(total=len(queue), unit="episode", disable=not progress, desc="evaluate")
         while queue or self.active or more:
             if not queue and more is not None:
@@ -103,6 +113,9 @@ class Rollouts:
                 continue
             ended = self._predict() if self.policy is not None else []
             ended += self._advance()
+            if finished is not None:
+                for row in ended:
+                    finished(row)
             bar.update(len(ended))
             if ended:
                 done = [row.success for row in rows if row.done and row.episode.control == STANDARD]
@@ -110,10 +123,12 @@ class Rollouts:
         bar.close()
         return rows
 
-    def _begin(self, queue: deque[Episode]) -> list[Row]:
-        """Every free slot takes the next episode."""
+    def _begin(self, queue: Turns) -> list[Row]:
+        """Every free slot takes an episode, those first that can stay with their task."""
         free = [slot for slot in range(len(self.schedules)) if slot not in self.active]
-        started = {slot: queue.popleft() for slot in free[: len(queue)]}
+        free.sort(key=lambda slot: self.last.get(slot) not in queue.waiting)
+        started = {slot: queue.take(self.last.get(slot)) for slot in free[: len(queue)]}
+        self.last |= {slot: queue.place(episode) for slot, episode in started.items()}
         sights = self._ask("begin", started)
         for slot, episode in started.items():
             sight = sights[slot]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vla.environment import enable_images, enable_last_images, make_env
+from vla.environment import enable_images, enable_last_images, make_env, n_tasks
 from vla.evaluation.episodes import Episode
 from vla.evaluation.video import Film
 from vla.observation import ACTION, IMAGES, IS_SUCCESS, STATE, TASK, Features
@@ -76,7 +76,7 @@ class Slot:
         self.split = split
         kwargs = {**self.setup.env_kwargs, **self.setup.splits[split]}
         self.env, features = make_env(self.setup.env_id, kwargs, render=True)
-        self.fps = features.fps
+        self.fps, self.n_tasks = features.fps, n_tasks(self.env)
         if self.setup.expert and not hasattr(self.env.unwrapped, "expert_action"):
             expected = "a method expert_action() -> (A,) float32"
             raise Unsuitable("no expert", expected, "write one, or evaluate a checkpoint instead")
@@ -88,10 +88,14 @@ class Slot:
         self.state, self.actions = arrays[STATE][row], arrays[ACTION][row]
 
     def begin(self, episode: Episode) -> Sight:
-        """Reset to an episode; the history is its first observation, repeated."""
+        """Reset to an episode; the history is its first observation, repeated.
+
+        There is a picture in it only if the policy or a film shows it: an expert looks at none.
+        """
         if episode.split != self.split:
             self._open(episode.split)
-        enable_images(self.env, True)
+        by_camera = episode.film and self.env.render_mode != "rgb_array"
+        enable_images(self.env, by_camera or not self.setup.expert)
         options = {} if episode.task is None else {"task": episode.task}
         assert self.env is not None
         observation, info = self.env.reset(seed=episode.seed, options=options)

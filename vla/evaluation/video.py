@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+VIDEOS = "videos"  # the folder of an evaluation's films, in its own
 SMALLEST = 192  # shortest side in pixels: smaller pictures are enlarged, or their colours smear
 HOLD_S = 0.8  # the last picture stays so long, so that one sees how it ended
 
@@ -46,6 +47,7 @@ class Film:
         import av  # here: only films need it, and importing it takes a while
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.unlink(missing_ok=True)  # the worker of a killed evaluation may still have it open
         self.container = av.open(str(self.path), "w", options={"movflags": "faststart"})
         self.stream: Any = self.container.add_stream("h264", rate=self.fps)
         self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"

@@ -34,6 +34,14 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """What a worker's environments turned out to be. n_tasks: of each split it has opened; see environment.py."""
+
+    features: Features
+    n_tasks: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Failure:
     """Why a worker gave up. refused: the user's own mistake, said in `message`; else a crash."""
 
@@ -47,9 +55,12 @@ class Host:
 
     def __init__(self, setup: Setup) -> None:
         first = next(iter(setup.splits))
+        n_tasks: dict[str, int] = {}
         if 0 in setup.slots and len(setup.splits) > 1:  # one worker is enough
-            look_at_splits(setup)
+            n_tasks = look_at_splits(setup)
         self.slots = {number: Slot(setup, first) for number in setup.slots}
+        slot = next(iter(self.slots.values()))
+        self.opened = Opened(slot.features, {first: slot.n_tasks} | n_tasks)
         self.at: Episode | None = None  # the episode worked on, for the error message
         self.episodes: dict[int, Episode] = {}
 
@@ -73,12 +84,14 @@ class Host:
         return self.slots[number]
 
 
-def look_at_splits(setup: Setup) -> None:
+def look_at_splits(setup: Setup) -> dict[str, int]:
     """Open every split's environment once, so that a mistake in the last shows before the first is played.
 
-    Raises ValueError, naming the split, for one that cannot be used or differs from the first.
+    Returns the number of tasks of each. Raises ValueError, naming the split, for one that cannot be used or
+    differs from the first.
     """
     features: dict[str, Features] = {}
+    n_tasks: dict[str, int] = {}
     for split in setup.splits:
         try:
             slot = Slot(setup, split)
@@ -88,13 +101,14 @@ def look_at_splits(setup: Setup) -> None:
             error.add_note(f"This was split {split!r}.")
             raise
         slot.close()
-        features[split] = slot.features
+        features[split], n_tasks[split] = slot.features, slot.n_tasks
         expected = next(iter(features.values()))
         if slot.features != expected:
             raise ValueError(
                 f"Split {split!r} does not fit the first. got: {slot.features}. expected: {expected}. "
                 "remedy: give all of evaluate.splits the same cameras, resolutions, sizes and rate."
             )
+    return n_tasks
 
 
 def serve(connection: Connection) -> None:
@@ -108,7 +122,7 @@ def serve(connection: Connection) -> None:
         try:
             if host is None:
                 host = Host(argument)
-                reply: Any = next(iter(host.slots.values())).features
+                reply: Any = host.opened
             else:
                 reply = getattr(host, command)(argument)
         except Exception as error:
