@@ -7,7 +7,7 @@ knows (cameras, state and action dimensions) are not configured. Imports no torc
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vla.checks import one_of, require
 
@@ -167,6 +167,7 @@ class ModelConfig:
     max_prefix: int = 8  # longest committed prefix drawn in training
     prefix_probability: float = 0.25  # share of training samples that carry one
     camera_dropout: float = 0.0  # share of training samples that miss one of their cameras
+    auxiliary: float = 0.0  # weight of a training-only loss on where things are; 0: none
     # Of image backbone (where timm can), encoder, decoder and flow: forget activations and compute them again
     # going backward; parts of the sequence that the feed-forward layers handle in turn.
     checkpointing: bool = False
@@ -212,6 +213,12 @@ class ModelConfig:
         for name in ("prefix_probability", "camera_dropout"):
             require(0 <= getattr(self, name) <= 1, f"model.{name}", getattr(self, name), "a share in [0, 1]")
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "a share in [0, 1)")
+        require(0 <= self.auxiliary < math.inf, "model.auxiliary", self.auxiliary, "0 or more")
         for width, heads in (("d_model", "n_heads"), ("image_width", "image_heads")):
             d, n = getattr(self, width), getattr(self, heads)
             require(d % n == 0, f"model.{heads}", n, f"a divisor of {width}={d}")
+
+    @property
+    def deployed(self) -> ModelConfig:
+        """Of the network that acts: adapters are merged, and what only training needs is left out."""
+        return replace(self, lora=LoraConfig(), auxiliary=0.0)

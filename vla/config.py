@@ -228,6 +228,11 @@ class Job:
             not streamed or self.record.format == "lerobot", "data.stream", True,
             f"false with record.format={self.record.format}, whose frames are decoded already",
         )  # fmt: skip
+        require(
+            self.model.auxiliary == 0 or not (self.data.stream or self.data.mix), "model.auxiliary",
+            self.model.auxiliary, "0 with data.stream or data.mix, whose batches hold no environment_state",
+            "train on the frame store of one dataset, or set model.auxiliary=0",
+        )  # fmt: skip
         image = self.model.image
         require(
             not image.frozen or image.pretrained or bool(self.train.init), "model.image.frozen", True,

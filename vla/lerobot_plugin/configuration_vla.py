@@ -110,16 +110,20 @@ class VLAConfig(Network, PreTrainedConfig):
             self.lora.rank == 0, "policy.lora.rank", self.lora.rank, "0 in LeRobot's trainer",
             "use LeRobot's own --peft.method_type=LORA, or scripts/train.py --model.lora.rank=8",
         )  # fmt: skip
+        require(
+            self.auxiliary == 0, "policy.auxiliary", self.auxiliary, "0 in LeRobot's trainer",
+            f"use scripts/train.py --model.auxiliary={self.auxiliary}, and convert its checkpoint",
+        )  # fmt: skip
         # Frozen image weights need a checkpoint, which is known only later: the policy checks that.
         self.job(Job(train=TrainConfig(init="any")))
 
     @classmethod
     def of(cls, job: Job, features: Features, **options: Any) -> VLAConfig:
         """The configuration of a checkpoint of this project; options: LeRobot's own fields."""
-        network = draccus.encode(job.model)
+        network = draccus.encode(job.model.deployed)
         own = {theirs: _get(job, ours) for ours, theirs in NAMES.items()}
         steps = network.pop("n_obs_steps")
-        plain = draccus.decode(Network, network | {"lora": {}})  # adapters are merged
+        plain = draccus.decode(Network, network)
         shapes = {f"{IMAGES}{name}": (3, *size) for name, size in features.cameras.items()}
         inputs = {key: PolicyFeature(FeatureType.VISUAL, shape) for key, shape in shapes.items()}
         inputs |= {STATE: PolicyFeature(FeatureType.STATE, (features.state_dim,))}

@@ -25,7 +25,7 @@ from huggingface_hub import snapshot_download
 from lerobot.configs import PreTrainedConfig
 
 from vla.checks import flat, require
-from vla.config import LoraConfig, ModelConfig
+from vla.config import ModelConfig
 from vla.data.normalize import DimensionStatistics, Statistics
 from vla.lerobot_plugin.configuration_vla import VLAConfig
 from vla.observation import ACTION, IMAGES, STATE, Features
@@ -83,7 +83,7 @@ def require_fit(folder: Path, config: VLAConfig) -> None:
     """Raise ConfigError or CheckpointError unless a policy of `config` can take the folder's weights."""
     _require_type(folder)
     checkpoint.verify(folder)
-    saved = dataclasses.replace(checkpoint.load_job(folder).model, lora=LoraConfig())
+    saved = checkpoint.load_job(folder).model.deployed
     before, now = (flat(dataclasses.asdict(model)) for model in (saved, config.architecture))
     for name in sorted(now.keys() - FREE, key=lambda name: (name.count("."), name)):
         require(

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from vla.architecture import ModelConfig
 from vla.checks import require
 from vla.data.normalize import MixedStatistics, Normalizer, Statistics
+from vla.model.auxiliary import PositionHead
 from vla.model.cut import require_cuttable
 from vla.model.decoding import DECODINGS
 from vla.model.fusion import FUSIONS
@@ -110,6 +111,10 @@ class VLA(nn.Module):
         self.head = HEADS[config.head](config, self.normalizer)
         foreign = [] if config.image.backbone == "scratch" else [self.tokens.image.backbone]
         initialise_network(self, keep=[self.text, *foreign])
+        self.auxiliary = None
+        if config.auxiliary > 0:  # behind the others, whose weights begin as they do without it
+            self.auxiliary = PositionHead(config, statistics)
+            initialise_network(self.auxiliary)
         adapt(self, config.lora)
 
     def encode(self, observation: Observation, augment: Augment | None = None) -> Tokens:
@@ -142,6 +147,8 @@ class VLA(nn.Module):
         Returns the scalar and numbers to log, all on the device, none unless `measure`: action_error,
         the mean absolute error in robot units, for which the head must decode. Autoregressive decoding
         is measured on the demonstrated actions before each, which parallel decoding does not see.
+        With `model.auxiliary` its loss is added, and position_error is the mean absolute error of the batch's
+        environment_state in the data's units (metres).
         """
         kinds = self.kinds(batch)
         target = self.normalizer.normalize(batch.action, batch.source)  # (B, H, A)
@@ -149,15 +156,20 @@ class VLA(nn.Module):
         committed = self.leading(drawn.prefix_length)  # (B, H)
         absent = both_absent(batch.absent, drawn.absent)
         observation = Observation(batch.images, batch.state, text, absent, batch.source)
-        hidden = self(observation, target, committed, augment)  # (B, H, D)
+        memory = self.encode(observation, augment)
+        hidden = self.decoder(self.actions(target, committed), memory)  # (B, H, D)
         ignore = batch.action_is_pad | committed  # (B, H)
-        loss = self.head.loss(hidden, target, ignore, kinds)
+        loss, metrics = self.head.loss(hidden, target, ignore, kinds), {}
+        if self.auxiliary is not None:
+            assert batch.environment_state is not None  # its statistics were there
+            error, metrics["position_error"] = self.auxiliary.loss(memory, batch.environment_state, ignore)
+            loss = loss + self.config.auxiliary * error
         if not measure:
             return loss, {}
         with torch.no_grad():
             chunk = self.head.decode(hidden, prefix=(target, committed), kinds=kinds)
             error = (self.normalizer.unnormalize(chunk, batch.source) - batch.action).abs()  # (B, H, A)
-            return loss, {"action_error": average(over_dimensions(error, kinds), ignore)}
+            return loss, {"action_error": average(over_dimensions(error, kinds), ignore)} | metrics
 
     def kinds(self, batch: Batch) -> Kinds | None:
         """Which dimensions the actions of a mixture have; None with one dataset."""

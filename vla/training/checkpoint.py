@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vla.checks import flat
-from vla.config import ConfigError, Job, LoraConfig, ModelConfig, dump, load
+from vla.config import ConfigError, Job, ModelConfig, dump, load
 from vla.data.normalize import MixedStatistics, Statistics
 from vla.manifest import MANIFEST, CheckpointError, read_manifest, seal, verify
 from vla.model.cut import cut
@@ -107,12 +107,13 @@ def _link(source: str, target: str) -> None:
 
 
 def _deployed(model: VLA, weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """What a policy of `config` needs beside text/, under the names of a network without adapters."""
+    """What a policy of `config` needs beside text/, under the names of the network that acts."""
     live: dict[str, Tensor] = model.state_dict()
     averaged = {live[n].data_ptr(): w for n, w in weights.items()}  # by place: T5 has two names for one
     state = merged(model, {n: averaged.get(t.data_ptr(), t) for n, t in live.items()})
     tuned = not config.text.frozen or is_adapted(config, "text")
     state = {n: t for n, t in state.items() if tuned or not n.startswith("text.encoder.")}
+    state = {n: t for n, t in state.items() if not n.startswith("auxiliary.")}  # which only trains
     return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in state.items()}
 
 
@@ -160,13 +161,13 @@ def _of_lerobot(folder: Path) -> list[Path]:
 def load_model(path: Path, dataset: str = "") -> tuple[VLA, Job, Statistics]:
     """Rebuild the network with its averaged weights, on the CPU, from this folder alone.
 
-    Low-rank adapters are merged: the network has none, and job.model.lora says what it was trained with.
+    Low-rank adapters are merged and the auxiliary head is left out: job.model says what it was trained with.
     dataset: of a mixture, whose cameras, sizes and statistics the network has; the job is then that
     dataset's too. Raises CheckpointError when the folder is damaged, and unless `dataset` is one of its own.
     """
     verify(path)
     job, statistics, features = load_job(path), load_statistics(path), load_features(path)
-    plain = dataclasses.replace(job.model, lora=LoraConfig())
+    plain = job.model.deployed
     model = rebuild(path, job, plain, features, statistics)
     if isinstance(statistics, Statistics):
         require_name(path, dataset, [])

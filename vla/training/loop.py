@@ -37,7 +37,8 @@ def train(
     resume: go on from the newest checkpoint in <output>/checkpoints, bit for bit on the CPU. A
     finished run returns its checkpoint and does nothing else.
     Raises ConfigError when there are checkpoints and resume is False, or when they are of another
-    dataset or of a job that trains otherwise (`checkpoint.require_same`); FloatingPointError when
+    dataset or of a job that trains otherwise (`checkpoint.require_same`), and when the data has no
+    targets for model.auxiliary; FloatingPointError when
     the loss or the weights are no longer finite (the last good checkpoint is named).
     ranks: the processes that do this together, none given being this one alone; all call it alike.
     """
