@@ -7,13 +7,12 @@ camera "corner2" Meta-World's pictures are upside down; here they are upright.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import mujoco
 import numpy as np
 
+from envs.metaworld_scene import MetaworldScene
 from envs.render import Cameras
 from envs.simulated import Simulated
 from vla.control.robot import Reading
@@ -68,81 +67,58 @@ class MetaworldRobot(Simulated):
 
     def disconnect(self) -> None:
         self.view.close()
-        self.env.close()
+        self.scene.env.close()
 
     def expert_action(self) -> np.ndarray:
         """(4,) float32 in [-1, 1]: what Meta-World's scripted expert would do now. Privileged."""
-        with warnings.catch_warnings():  # it says that its gains may be too high
-            warnings.simplefilter("ignore")
-            return np.clip(self.expert.get_action(self.seen), -1, 1).astype(np.float32)
+        return self.scene.expert_action()
 
     # -- physics -------------------------------------------------------------------------------
 
     def _build(self) -> None:
         """Raises ValueError for a task that there is not, or that has another box."""
-        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-        from metaworld.policies import ENV_POLICY_MAP
-
-        if self.task not in ALL_V3_ENVIRONMENTS:
-            some = ", ".join(sorted(ALL_V3_ENVIRONMENTS)[:5])
-            raise ValueError(f"task: got {self.task!r}, expected one of {some}, … remedy: correct task.")
-        self.env: Any = ALL_V3_ENVIRONMENTS[self.task]()
-        box = [*self.env.mocap_low, *self.env.mocap_high]
-        if not np.allclose(box, [*self.lowest, *self.highest]):
+        self.scene = MetaworldScene(self.task)
+        env = self.scene.env
+        if not np.allclose([*env.mocap_low, *env.mocap_high], [*self.lowest, *self.highest]):
             raise ValueError(
-                f"lowest: got {self.lowest.tolist()}, expected {self.env.mocap_low.tolist()} for {self.task}. "
+                f"lowest: got {self.lowest.tolist()}, expected {env.mocap_low.tolist()} for {self.task}. "
                 "remedy: set lowest, and the limits with it."
             )
-        self.env._set_task_called, self.env._partially_observable = True, False  # the expert sees the goal
-        del self.env.sawyer_observation_space  # it was made for one that does not
-        self.env._freeze_rand_vec, self.env.seeded_rand_vec = False, True
-        self.expert = ENV_POLICY_MAP[self.task]()
-        self.view = Cameras(self.env.model)
+        self.view = Cameras(self.scene.model)
 
     def _reset(self, seed: int, task: str | None) -> dict[str, Any]:
         if task not in (None, self.sentence):
             raise ValueError(
                 f"task: got {task!r}, expected {self.sentence!r}. remedy: another scene has others."
             )
-        self.env.seed(seed)  # reset(seed=) alone does not
-        self.env.reset()
-        for site in self.env._target_site_config:
-            self.env._set_pos_site(*site)
-        self._see()
+        self.scene.reset(seed)
         self._success = False
-        return dict(
-            task=self.sentence, alternatives=[], limit_s=self.env.max_path_length / FPS, skill=self.task
-        )
-
-    def _see(self) -> None:
-        """Poses, then what the expert sees: after a reset they are those of the scene before."""
-        mujoco.mj_forward(self.env.model, self.env.data)
-        self.env._prev_obs = self.env._get_curr_obs_combined_no_goal()
-        self.seen = self.env._get_obs()
+        limit_s = self.scene.env.max_path_length / FPS
+        return dict(task=self.sentence, alternatives=[], limit_s=limit_s, skill=self.task)
 
     def _start(self) -> np.ndarray:
-        return np.append(np.clip(self.env.data.mocap_pos[0], self.lowest, self.highest), -1.0)
+        return np.append(np.clip(self.scene.data.mocap_pos[0], self.lowest, self.highest), -1.0)
 
     def _hold(self) -> np.ndarray:
-        return np.append(np.clip(self.env.get_endeff_pos(), self.lowest, self.highest), self._command[3])
+        hand = self.scene.env.get_endeff_pos()
+        return np.append(np.clip(hand, self.lowest, self.highest), self._command[3])
 
     def _tick(self, command: np.ndarray) -> None:
-        way = np.clip((command[:3] - self.env.data.mocap_pos[0]) / STEP, -1, 1)
-        self.env.curr_path_length = 0  # it would raise after 500
-        self.seen, _, _, _, info = self.env.step(np.append(way, command[3]))
-        self._success = self._success or bool(info["success"])
+        way = (command[:3] - self.scene.data.mocap_pos[0]) / STEP
+        self.scene.step(np.append(way, command[3]))
+        self._success = self._success or self.scene.success
 
     def _look(self) -> None:
         """Every step of Meta-World ends with mj_forward."""
 
     def _picture(self, camera: str) -> np.ndarray:
-        return self.view.picture(self.env.data, camera, self.pixels)[::-1, ::-1].copy()
+        return self.view.picture(self.scene.data, camera, self.pixels)[::-1, ::-1].copy()
 
     def _state(self) -> np.ndarray:
-        return self.seen[:4].astype(np.float32)
+        return self.scene.observation[:4].astype(np.float32)
 
     def _joints(self) -> np.ndarray:
-        return np.append(self.env.data.mocap_pos[0], self._command[3])
+        return np.append(self.scene.data.mocap_pos[0], self._command[3])
 
     def _judged(self) -> dict[str, Any]:
         return dict(success=self._success, failure=False, task=self.sentence, steps=self._ticks)

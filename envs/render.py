@@ -1,7 +1,8 @@
 """The one place that owns render settings, for recording and evaluation alike.
 
 "fast" has no shadows, reflections or multisampling: on software EGL they cost ten times the
-rest. "full" is for pictures that people look at.
+rest. "full" is for pictures that people look at. "default" leaves everything as the model and MuJoCo say, which is
+how Meta-World's own renderer draws.
 """
 
 from __future__ import annotations
@@ -16,25 +17,31 @@ import numpy as np
 PRESETS: dict[str, dict[str, int]] = {
     "fast": dict(shadow=False, reflection=False, samples=0, slices=20),
     "full": dict(shadow=True, reflection=True, samples=8, slices=64),
+    "default": {},
 }
+
+
+def check_preset(preset: str) -> None:
+    """Raise ValueError for a preset that there is not."""
+    if preset not in PRESETS:
+        raise ValueError(
+            f"render preset: got {preset!r}, expected one of {', '.join(PRESETS)}. remedy: use 'fast'."
+        )
 
 
 class Cameras:
     """Pictures of one model at any resolution; a renderer is made at its first use and kept."""
 
     def __init__(self, model: mujoco.MjModel, preset: str = "fast") -> None:
-        if preset not in PRESETS:
-            raise ValueError(
-                f"render preset: got {preset!r}, expected one of {', '.join(PRESETS)}. remedy: use 'fast'."
-            )
+        check_preset(preset)
         self.settings = PRESETS[preset]
         self.model = model
-        # All are read when a renderer is made, not afterwards.
-        quality = model.vis.quality
-        quality.offsamples = self.settings["samples"]
-        quality.numslices, quality.numstacks = self.settings["slices"], self.settings["slices"] // 2
-        quality.numquads = 1  # with the slices, three quarters of the time at 64 pixels
-        quality.shadowsize = 4096 if self.settings["shadow"] else 0
+        if self.settings:  # all are read when a renderer is made, not afterwards
+            quality = model.vis.quality
+            quality.offsamples = self.settings["samples"]
+            quality.numslices, quality.numstacks = self.settings["slices"], self.settings["slices"] // 2
+            quality.numquads = 1  # with the slices, three quarters of the time at 64 pixels
+            quality.shadowsize = 4096 if self.settings["shadow"] else 0
         self._renderers: dict[int, mujoco.Renderer] = {}
 
     def picture(self, data: mujoco.MjData, camera: str, pixels: int) -> np.ndarray:
@@ -62,8 +69,9 @@ class Cameras:
             renderer = self._renderers[pixels] = self._make(pixels)
             _ALIVE.add(self)
             _close_at_exit()
-            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = self.settings["shadow"]
-            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = self.settings["reflection"]
+            if self.settings:
+                renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = self.settings["shadow"]
+                renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = self.settings["reflection"]
         return renderer
 
     def _make(self, pixels: int) -> mujoco.Renderer:
