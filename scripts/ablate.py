@@ -122,7 +122,8 @@ def run(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     rows = [json.loads(row) for row in (Path(job.output) / "metrics.jsonl").read_text().splitlines()]
     rates = {name: result[name] for name in ("n_episodes", "wilson_95", *RATES)}
     samples = statistics.median(row["samples_per_s"] for row in rows if "samples_per_s" in row)
-    return rates | {"samples_per_s": samples}, result["machine"]
+    skills = {name: group["success_rate"] for name, group in result["skills"].items()}
+    return rates | {"samples_per_s": samples, "skills": skills}, result["machine"]
 
 
 def write(

@@ -3,27 +3,31 @@
 Runs the stages that are not done yet, each with its own time limit, until the time is over; run it again to go on. A
 stage that is done leaves its results in --state, one that failed its log, and is tried again. Needs torch, timm and
 transformers; each stage says what else. Copy the JSON files into results/ and their tables into the README.
+mt50 is all of scripts/mt50.py, which has stages of its own; what is left of it is done when it is run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+GRACE_S = 25.0  # what a stage has for ending itself before it is killed
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command below the repository's root; {state} is the folder for results."""
+    """A command below the repository's root; {state} is the folder for results, {minutes} the time it has."""
 
     command: tuple[str, ...]
     minutes: float
@@ -59,6 +63,10 @@ STAGES = {
          "--output={state}/comparison", "--results={state}/comparison_tabletop.json"),
         9, ("lerobot", "mujoco", "diffusers"),
     ),
+    "mt50": Stage(
+        ("scripts/mt50.py", "configs/mt50.yaml", "--output={state}/mt50", "--results={state}/mt50.json",
+         "--minutes={minutes}"), 60, ("mujoco", "metaworld", "gymnasium", "draccus"),
+    ),
 }  # fmt: skip
 
 
@@ -90,24 +98,10 @@ def main(names: list[str], minutes: float, state: Path, checkpoint: str) -> int:
 
 def run(name: str, stage: Stage, seconds: float, state: Path, checkpoint: str) -> bool:
     """Whether the stage came to its end in time."""
-    words = [word.format(state=state, checkpoint=checkpoint) for word in stage.command]
-    environment = {"MUJOCO_GL": "egl"} | os.environ | {"PYTHONPATH": str(ROOT)}
+    minutes = f"{max(0.0, seconds - GRACE_S) / 60:.2f}"  # it ends by itself, before it is ended
+    words = [word.format(state=state, checkpoint=checkpoint, minutes=minutes) for word in stage.command]
     start = time.monotonic()
-    with open(state / f"{name}.log", "a") as log:
-        process = subprocess.Popen(
-            [sys.executable, *words],
-            cwd=ROOT,
-            env=environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with what it started
-            process.wait()
-            code = None
+    code = within(seconds, words, state / f"{name}.log", folder=ROOT)
     took = time.monotonic() - start
     print(
         f"{name}: {'done' if code == 0 else f'exit code {code}' if code else 'out of time'}, {took:.0f} s",
@@ -116,6 +110,46 @@ def run(name: str, stage: Stage, seconds: float, state: Path, checkpoint: str) -
     if code == 0:
         (state / f"{name}.done").write_text(json.dumps({"seconds": round(took, 1), "command": words}) + "\n")
     return code == 0
+
+
+def within(
+    seconds: float, words: list[str], log: Path, folder: Path | None = None, *, grace: float = GRACE_S,
+    beat: Callable[[float], None] = lambda took: None, keep: tuple[int, ...] = (),
+) -> int | None:  # fmt: skip
+    """The exit code of a Python program, or None where it had not come to its end in time and was ended: asked to
+    (SIGINT), and killed with all that it started when it did not obey within `grace` seconds.
+
+    log: what it prints is appended. beat: called every few seconds with how many have passed. keep: open files that
+    it has too. A program of this session: it does not outlive a machine on which every session is ended.
+    """
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {"MUJOCO_GL": "egl"} | os.environ | {"PYTHONPATH": path}
+    start = time.monotonic()
+    with open(log, "a") as file:
+        process = subprocess.Popen(
+            [sys.executable, *words], cwd=folder, env=environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL,
+            process_group=0, pass_fds=keep,
+        )  # fmt: skip
+        try:
+            while (left := start + seconds - time.monotonic()) > 0:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(min(5.0, left))
+                beat(time.monotonic() - start)
+            return None
+        finally:
+            end(process, grace)
+            beat(time.monotonic() - start)
+
+
+def end(process: subprocess.Popen[bytes], grace: float) -> None:
+    """Have a process end, and whatever is left of what it started."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        process.wait(grace)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 if __name__ == "__main__":
