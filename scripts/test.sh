@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Set up, then format, lint, types and every test; --fast leaves the slow tests out.
-# Other arguments go to pytest. The last line is pytest's own.
+# Other arguments go to pytest, which runs in two processes (-n 0: in one, as --pdb needs). The last line is its own.
 set -euo pipefail
-unset CDPATH PYTHONPATH PYTHONHOME VIRTUAL_ENV
+unset CDPATH PYTHONPATH PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE # hundreds of starts read what the first wrote
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-tests=(-m "slow or not slow") # slow ones last: tests/conftest.py sorts them
+tests=(-m "slow or not slow") # tests/conftest.py sorts them
 if [ "${1:-}" = --fast ]; then
     tests=()
     shift
@@ -26,4 +26,6 @@ check() { # remedy, command...
 check "run .venv/bin/ruff format" ruff format --check --quiet --output-format concise .
 check "run .venv/bin/ruff check --fix, then mend the rest" ruff check --quiet --output-format concise .
 check "mend the types named above" pyright
-exec python -m pytest -q "${tests[@]}" "$@"
+# One thread each: two would wait for each other. A file's tests stay in one process.
+export OMP_NUM_THREADS=1
+exec python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "${tests[@]}" "$@"

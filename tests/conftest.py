@@ -1,4 +1,4 @@
-"""What holds for every test: no network, no user's caches, no display; slow tests run last."""
+"""What holds for every test: no network, no user's caches, no display; the order in which tests run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import socket
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    measures = [name for name in ("parity", "faults") if config.getoption(name) is not None]
+    if measures and config.getoption("numprocesses", None):
+        raise pytest.UsageError(
+            f"--{measures[0]}: got -n, expected one process, which measures. remedy: -n 0."
+        )
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if (path := config.getoption("--parity")) is not None:
         parity.write(path)
@@ -61,9 +70,27 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line("\n".join(faults.table()))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first: a run of everything fails early."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Fast tests first: a run of everything fails early.
+
+    Several workers (-n, by pytest-xdist) take file after file. There what has slow tests comes first: files without
+    fill up the end, so that no worker waits long for another.
+    """
+    slow = [item for item in items if item.get_closest_marker("slow") is not None]
+    if hasattr(config, "workerinput"):
+        files = Counter(item.path for item in slow)
+        items.sort(key=lambda item: -files[item.path])
+    else:
+        items.sort(key=set(slow).__contains__)
+
+
+def pytest_runtest_teardown() -> None:
+    """Back to ordinary priority: libsvtav1, opened as root, gives SCHED_FIFO 99 to the thread that opens it.
+
+    Everything else on the machine would wait for this process and for all that it starts from then on.
+    """
+    if sys.platform == "linux" and os.sched_getscheduler(0) != os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def pytest_unconfigure() -> None:

@@ -87,20 +87,20 @@ def test_finished_runs_stay(tmp_path: Path) -> None:
     )
     path, results = tmp_path / "ablation.yaml", tmp_path / "results.json"
 
-    def ablation(variants: str) -> list[dict[str, Any]]:
+    def ablation(variants: str, seeds: list[int]) -> list[dict[str, Any]]:
         path.write_text(
-            f"base: {base}\noutput: {tmp_path}/out\nresults: {results}\nseeds: [0, 1]\nat_once: 2\n"
+            f"base: {base}\noutput: {tmp_path}/out\nresults: {results}\nseeds: {seeds}\nat_once: 2\n"
             f"variants: {{{variants}}}\n"
         )
         done = run(path)
         assert done.returncode == 0, done.stderr
         return json.loads(results.read_text())["rows"]
 
-    (first,) = ablation("plain: []")
+    (first,) = ablation("plain: []", [0, 1])
     assert [r["seed"] for r in first["runs"]] == [0, 1]
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("evaluation.json")}
     assert len(made) == 2
-    rows = ablation("plain: [], bins: [--model.head=bins]")
+    rows = ablation("plain: [], bins: [--model.head=bins]", [0])
     assert {row["variant"] for row in rows} == {"plain", "bins"}
     assert all(p.stat().st_mtime_ns == before for p, before in made.items())
     changed = path.read_text().replace("bins: [--model.head=bins]", "bins: [--model.head=gmm]")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -15,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from load_script import SCRIPTS
 
 from envs.render import Cameras
@@ -28,8 +27,10 @@ from vla.evaluation.rollouts import Rollouts
 if str(SCRIPTS) not in sys.path:
     sys.path.append(str(SCRIPTS))
 
-from benchmarks import evaluating  # pyright: ignore[reportMissingImports]
+from benchmarks import evaluating, simulation  # pyright: ignore[reportMissingImports]
+from benchmarks.common import Options  # pyright: ignore[reportMissingImports]
 from benchmarks.parts import LEFT_OVER, Parts, of_environment  # pyright: ignore[reportMissingImports]
+from benchmarks.workloads import QUICK  # pyright: ignore[reportMissingImports]
 
 SLOTS, EACH = 3, 2  # environments side by side, episodes of each
 TABLE = EnvConfig("envs:Tabletop-v0", {"pixels": 16, "commanded": False, "skills": ["press"], "row": 0.03})
@@ -176,15 +177,28 @@ def test_a_vector_environment_plays_the_same_episodes(pictures: Counter[str]) ->
 
 
 @pytest.mark.slow
-def test_simulation_is_measured(tmp_path: Path) -> None:
-    script = str(SCRIPTS / "benchmark.py")
-    done = subprocess.run(
-        [sys.executable, script, "simulation", "--quick", "--device=cpu", f"--output={tmp_path}"],
-        capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    [path] = tmp_path.glob("benchmark_simulation_*.json")
-    rows = json.loads(path.read_text())["rows"]
+def test_simulation_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a small network and short episodes to evaluate; the script around it is test_benchmark.py's."""
+    job_of = simulation.job_of
+
+    def small(setting: str) -> Any:
+        job = job_of(setting)
+        return replace(job, env=replace(job.env, kwargs=job.env.kwargs | {"pixels": 32}), model=QUICK)
+
+    def evaluation(job: Any, *rest: Any) -> Any:
+        kwargs = job.env.kwargs | {"max_steps": 2 * job.evaluate.n_action_steps}
+        return evaluating.evaluation(replace(job, env=replace(job.env, kwargs=kwargs)), *rest)
+
+    monkeypatch.setattr(simulation, "job_of", small)
+    monkeypatch.setattr(simulation, "evaluation", evaluation)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    threads = torch.get_num_threads()
+    try:
+        rows = simulation.run(Options(True, "cpu", tmp_path, True))
+    finally:
+        torch.set_num_threads(threads)
+    assert {row["params"]["setting"] for row in rows} == set(simulation.CONFIGS)
+    assert all(row["name"] in simulation.table(rows) for row in rows)
     by_name: dict[str, Any] = {row["name"]: row for row in rows if row["params"]["setting"] == "tabletop"}
     assert set(by_name) == {
         "mujoco.Renderer", "Cameras.picture", "Tabletop's observation", "recording", "evaluation, ours, one process",

@@ -400,6 +400,7 @@ def test_history_begins_with_the_first_observation() -> None:
 
 
 def test_what_fills_up_a_left_over_is_not_committed(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
     policy, batch = toy_policy().eval(), toy_batch(1)
     free = policy.predict_action_chunk(batch)
     left_over = torch.tensor([[0.5, -0.5], [0.0, 0.25], [0.0, 0.0], [0.0, 0.0]])

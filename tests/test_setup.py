@@ -179,3 +179,12 @@ def test_a_second_set_up_does_nothing(tmp_path: Path) -> None:
     done = subprocess.run([ROOT / "scripts" / "setup.sh"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "setup: ready\n", "")
     assert STAMP.stat().st_mtime_ns == before
+
+
+def test_what_is_measured_is_measured_in_one_process(tmp_path: Path) -> None:
+    """Of several, what each has measured would be lost: scripts/test.sh takes two."""
+    command = [sys.executable, "-m", "pytest", "-n2", "--faults", tmp_path / "faults.json", __file__]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--faults: got -n, expected one process" in done.stderr
+    assert not (tmp_path / "faults.json").exists()
