@@ -143,13 +143,15 @@ def within(
 
 def end(process: subprocess.Popen[bytes], grace: float) -> None:
     """Have a process end, and whatever is left of what it started."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-        process.wait(grace)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+            process.wait(grace)
+    finally:  # of somebody impatient, too
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 if __name__ == "__main__":

@@ -51,8 +51,7 @@ GRACE_S = 20.0  # less than scripts/gpu.py leaves to this one
 HOW = {
     "record.workers", "record.shard_episodes", "train.device", "train.threads", "train.log_every", "train.save_every",
     "train.keep", "train.capture", "train.compile", "train.accumulate", "train.wandb", "train.wandb_project",
-    "train.evaluate_every", "train.evaluate_episodes", "evaluate.workers", "evaluate.videos", "evaluate.device",
-    "evaluate.launch",
+    "train.evaluate_every", "train.evaluate_episodes", "evaluate.workers", "evaluate.device", "evaluate.launch",
 }  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bare import without
 from test_data import assert_same, make_episodes
 from toy_run import text_folder
 
@@ -261,31 +261,11 @@ def test_an_episode_that_training_could_not_use_is_not_written(tmp_path: Path) -
 
 # The whole job on a machine with torch, timm and transformers alone
 
-ABSENT = """
-import os, sys
-
-class Bare:
-    '''A finder that does not find what a GPU machine lent for an hour does not have.'''
-    def __init__(self, inner):
-        self.inner = inner
-    def find_spec(self, name, path=None, target=None):
-        absent = name.split(".")[0] in os.environ["ABSENT"].split(",")
-        return None if absent else self.inner.find_spec(name, path, target)
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-sys.meta_path[:] = map(Bare, sys.meta_path)
-"""
-
 
 @pytest.mark.slow
 def test_a_bare_machine_records_goes_on_and_trains(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(ABSENT)  # of worker processes too
     absent = "lerobot,datasets,pyarrow,pandas,av,wandb,accelerate,peft,onnx,onnxruntime"
-    environment = os.environ | {
-        "ABSENT": absent, "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, TESTS, SCRIPTS.parent))),
-        "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+    environment = without(absent, tmp_path / "site", TESTS, SCRIPTS.parent)
     config = tmp_path / "job.yaml"
     config.write_text(
         f"output: {tmp_path / 'run'}\n"

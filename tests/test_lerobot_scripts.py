@@ -60,12 +60,15 @@ def lerobot_train(dataset: Path, output: Path, *arguments: str) -> Path:
     course = ("--batch_size=4", "--num_workers=0", "--log_freq=1", "--save_freq=2", "--env_eval_freq=0")
     if "--resume=true" not in arguments:
         arguments = (*data, *course, f"--output_dir={output}", *arguments)
-    root = logging.getLogger()
+    root = logging.getLogger()  # which the command changes for the whole process
+    level = root.level
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["lerobot-train", *arguments])
-        patch.setattr(root, "level", root.level)  # which it changes for the whole process
         patch.setattr(root, "handlers", root.handlers.copy())
-        train()
+        try:
+            train()
+        finally:
+            root.setLevel(level)
     return output
 
 

@@ -9,14 +9,17 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bare import without
 from load_script import SCRIPTS, load_script
 
 from envs.metaworld_tasks import TASKS, TIERS
 from vla.config import ConfigError, Job, load
+from vla.data.record import Recording
 
 if str(SCRIPTS) not in sys.path:
     sys.path.append(str(SCRIPTS))
@@ -78,7 +81,7 @@ def test_published_rows_are_consistent() -> None:
     assert smolvla.endswith("| 87.1 | 51.8 | 70.0 | 64.0 | 68.2 | 75.0 |")
 
 
-def test_the_table_says_what_is_there_and_the_worst_tasks_where_to_look() -> None:
+def test_the_table_says_what_is_there_and_the_worst_tasks_where_to_look(tmp_path: Path) -> None:
     measured = metaworld.summarise(skills({"reach-v3": 1.0, "push-v3": 0.25}, n=4))
     measured |= {"params": {"all": 24_200_000}, "default_renderer": None, "demonstrations": None}
     measured |= {"lerobot": metaworld.summarise(skills({"reach-v3": 0.0}, n=2))}
@@ -87,7 +90,31 @@ def test_the_table_says_what_is_there_and_the_worst_tasks_where_to_look() -> Non
     assert "ours, 2 of 50 tasks | 24.2 M | 4 episodes per task | 100.0 | – | 25.0 | – | – | 62.5 [" in ours
     assert "not measured yet" in default
     assert "1 of 50 tasks" in theirs
-    assert metaworld.worst(measured, Path("films")) == "under 50 %: push-v3 25 (films: films)"
+    assert metaworld.worst(measured, tmp_path) == f"under 50 %: push-v3 25 (films: {tmp_path})"
+    assert metaworld.worst(measured, tmp_path / "none") == "under 50 %: push-v3 25"
+
+
+def test_demonstrations_of_another_output_took_their_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recording = Recording(
+        {"noise": 0, "noise_episodes": 0}, 1, 1, 1.0, 1, 120.0, 1.0, 1.0, [{"noise": False}]
+    )
+    (tmp_path / "meta").mkdir()
+    (tmp_path / metaworld.SUMMARY).write_text(json.dumps(asdict(recording)))
+    played = {
+        "skills": skills({"reach-v3": 1.0}),
+        "machine": {"gpu": "one"},
+        "checkpoint": None,
+        "versions": {},
+    }
+    (tmp_path / "evaluate").mkdir()
+    (tmp_path / "evaluate" / "evaluation.json").write_text(json.dumps(played | {"config": {}}))
+    monkeypatch.setattr(metaworld, "parameters", lambda _: {})
+    minutes = {"record": 0.1, "train": 3.0, "evaluate": 1.0, "lerobot": 9.0}
+    measured = metaworld.result(tmp_path, tmp_path, "", minutes, {})
+    assert measured["gpu_minutes"] == 6.0
+    assert measured["minutes"] == minutes | {"record": 2.0}
 
 
 # -- configurations --------------------------------------------------------------------------
@@ -349,30 +376,10 @@ def test_seconds_are_kept_while_a_stage_runs(tmp_path: Path) -> None:
 
 # -- the real thing --------------------------------------------------------------------------
 
-BARE = """
-import os, sys
-
-class Bare:
-    '''A finder that does not find what is not there.'''
-    def __init__(self, inner):
-        self.inner = inner
-    def find_spec(self, name, path=None, target=None):
-        absent = name.split(".")[0] in os.environ["ABSENT"].split(",")
-        return None if absent else self.inner.find_spec(name, path, target)
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-sys.meta_path[:] = map(Bare, sys.meta_path)
-"""
-
 
 @pytest.mark.slow
 def test_the_whole_path_needs_few_packages(tmp_path: Path) -> None:
     """Every stage of a job of one task and a few steps, in processes that do not find the others."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(
-        BARE
-    )  # what Python imports at its start, of workers too
     job = [
         "--env.kwargs={tasks: [drawer-close-v3], pixels: 32, max_steps: 120}", "--record.episodes=2",
         "--record.noise=0", "--record.workers=1", "--train.steps=3", "--train.batch_size=4", "--train.log_every=1",
@@ -382,7 +389,7 @@ def test_the_whole_path_needs_few_packages(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / "mt50.py"), str(REDUCED), *job],
         capture_output=True, text=True, timeout=900, cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path / "site"), "ABSENT": ABSENT},
+        env=without(ABSENT, tmp_path / "site"),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "lerobot: left out, needs lerobot" in done.stdout

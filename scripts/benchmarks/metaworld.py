@@ -58,17 +58,17 @@ def summarise(skills: dict[str, Any]) -> dict[str, Any]:
     won = {name: round(skills[name]["success_rate"] * skills[name]["n_episodes"]) for name in skills}
     played = {name: skills[name]["n_episodes"] for name in skills}
     tiers: dict[str, Any] = {}
+    means: list[float] = []
     for tier in TIERS:
         names = [name for name in skills if TASKS[name].tier == tier]
         tiers[tier] = None
         if names:
             tiers[tier] = rates(sum(won[name] for name in names), sum(played[name] for name in names))
-            mean = statistics.mean(won[name] / played[name] for name in names)
-            tiers[tier] |= {"success_rate": percent(mean), "tasks": len(names)}
+            means.append(statistics.mean(won[name] / played[name] for name in names))
+            tiers[tier] |= {"success_rate": percent(means[-1]), "tasks": len(names)}
     counts = sorted(set(played.values()))
-    means = [tier["success_rate"] for tier in tiers.values() if tier]
     return {
-        "tier_mean": round(statistics.mean(means), 2) if len(means) == len(TIERS) else None,
+        "tier_mean": percent(statistics.mean(means)) if len(means) == len(TIERS) else None,
         "task_mean": percent(statistics.mean(won[name] / played[name] for name in skills)),
         "wilson_95": interval(sum(won.values()), sum(played.values())),
         "n": sum(played.values()),
@@ -116,6 +116,8 @@ def result(
 
     gpu_minutes: of the stages that used the GPU, recording among them, whose pictures it draws; None without one.
     """
+    if (dataset / SUMMARY).is_file():  # demonstrations of another output took their time there
+        minutes = minutes | {"record": max(minutes["record"], round(Recording.load(dataset).seconds / 60, 2))}
     played = {name: read(output / name) for name in COLUMNS}
     main = played.pop("evaluate")
     assert main is not None
@@ -190,7 +192,8 @@ def differences(measured: dict[str, Any] | None, config: dict[str, Any]) -> str:
     }  # fmt: skip
     lines = [
         f"demonstrations were made here, by metaworld's scripted experts, {noise}; theirs are LeRobot's dataset",
-        f"pictures are drawn with the preset {preset!r} of envs/render.py, but in the second row",
+        f"pictures are drawn with the preset {preset!r} of envs/render.py, but by the default renderer and through "
+        "LeRobot's environment",
         "an episode's first picture and state show its own goal; LeRobot's show the one before",
         told[kwargs.get("instructions", "distinct")],
         f"{'nothing' if scratch else 'an encoder'} was pretrained; the policy sees one picture, four numbers of state "
@@ -204,4 +207,6 @@ def worst(column: dict[str, Any], films: Path) -> str:
     rates = {name: task["success_rate"] for name, task in column["per_task"].items()}
     below = sorted((rate, name) for name, rate in rates.items() if rate < UNDER)
     listed = ", ".join(f"{name} {rate:.0f}" for rate, name in below)
-    return f"under {UNDER:.0f} %: {listed or 'none'}" + (f" (films: {films})" if below else "")
+    return f"under {UNDER:.0f} %: {listed or 'none'}" + (
+        f" (films: {films})" if below and films.is_dir() else ""
+    )

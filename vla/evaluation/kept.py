@@ -112,10 +112,9 @@ class Kept:
 
 
 def belonging(job: Job, player: str) -> dict[str, Any]:
-    """All that rows depend on, by name. The number of workers is none of it."""
-    evaluate = {
-        f"evaluate.{name}": value for name, value in asdict(job.evaluate).items() if name != "workers"
-    }
+    """All that rows depend on, by name, but what changes the last bits alone: where and how the policy computes."""
+    free = ("workers", "device", "launch")
+    evaluate = {f"evaluate.{name}": value for name, value in asdict(job.evaluate).items() if name not in free}
     packages = {f"{name}'s version": value for name, value in (versions() | {"vla": __version__}).items()}
     of = {"player": player, "env.id": job.env.id, "env.kwargs": job.env.kwargs} | evaluate | packages
     return json.loads(json.dumps(of, default=str))  # as it is read again
