@@ -155,6 +155,9 @@ def end(process: subprocess.Popen[bytes], grace: float) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # which stages inherit; ignored in a shell's background
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -282,7 +282,9 @@ def from_command_line(argv: list[str]) -> tuple[Run, list[str], float, Path]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Ended as by Ctrl-C. A shell's background jobs ignore that one, and would hand it on to every stage.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     try:
         sys.exit(1 if main(*from_command_line(sys.argv[1:])) else 0)
     except (ValueError, RuntimeError, OSError) as error:

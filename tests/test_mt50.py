@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -222,7 +223,7 @@ if name in ("stubborn", "sleeps"):
 
 
 @pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The scripts are fakes, which append how they were called to the file that is given back."""
     for name in ("record", "train", "evaluate"):
         (tmp_path / "scripts").mkdir(exist_ok=True)
@@ -232,7 +233,10 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(mt50, "ROOT", tmp_path)
     monkeypatch.setattr(mt50, "LEAST_S", 0.0)
     monkeypatch.setattr(mt50, "GRACE_S", 0.5)
-    return log
+    # Ignored where a shell runs the tests in the background, and then by all that they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield log
+    signal.signal(signal.SIGINT, before)
 
 
 ALL = ",".join(["record", "train", "evaluate", "default_renderer"])
